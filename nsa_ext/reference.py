@@ -1,13 +1,14 @@
 """Native Sparse Attention in plain PyTorch: what every kernel of this package is compared with.
 
-One function per operator of ``torch.ops.nsa``, with the operator's argument names and the packed layout. Each loops over the
-sequences and works with dense masks inside one: slow and O(T * S) in memory, but short, differentiable by autograd, and right
-in any dtype on any device (float64 is the reference; lower ones show what plain PyTorch loses). Section numbers below are those of
-the paper, "Native Sparse Attention" (arXiv 2502.11089).
+One function per operator of ``torch.ops.nsa``, with the operator's argument names and the packed layout. Each
+loops over the sequences and works with dense masks inside one: slow and O(T * S) in memory, but short,
+differentiable by autograd, and right in any dtype on any device (float64 is the reference; a lower one shows
+what plain PyTorch loses). Sections and equations are those of the paper, "Native Sparse Attention"
+(arXiv 2502.11089).
 
-Notation: T, S query and key tokens over all sequences; Hq, Hkv heads; Dk, Dv head dims; l, d block length and stride of the
-compression; l' the selection block; n the selected blocks. Inside a sequence of Tq queries and S keys, query i stands at the position
-t = S - Tq + i.
+Notation: T, S query and key tokens over all sequences; Hq, Hkv heads; Dk, Dv head dims; l, d block length and
+stride of the compression; l' the selection block; n the selected blocks. Inside a sequence of Tq queries and
+S keys, query i stands at the position t = S - Tq + i.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class _Sequence(NamedTuple):
         """Rows of its compressed blocks, and the position of each block's last token."""
         count = max(0, (self.length - block_size) // stride + 1)
         row = self.k.start // stride
-        return slice(row, row + count), torch.arange(count, device=self.positions.device) * stride + block_size - 1
+        first = torch.arange(count, device=self.positions.device) * stride
+        return slice(row, row + count), first + block_size - 1
 
 
 def _sequences(
@@ -57,9 +59,10 @@ def _sequences(
         bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for begin_q, end_q, begin_k, end_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
         length = end_k - begin_k
-        if not 0 <= end_q - begin_q <= length:
-            raise ValueError(f"a sequence has {end_q - begin_q} queries and {length} keys; need 0 <= queries <= keys")
-        positions = torch.arange(length - (end_q - begin_q), length, device=q.device)
+        queries = end_q - begin_q
+        if not 0 <= queries <= length:
+            raise ValueError(f"a sequence has {queries} queries and {length} keys; need 0 <= queries <= keys")
+        positions = torch.arange(length - queries, length, device=q.device)
         yield _Sequence(slice(begin_q, end_q), slice(begin_k, end_k), positions, length)
 
 
@@ -72,18 +75,18 @@ def _zero_unseen(k: Tensor, visible: Tensor) -> Tensor:
     return torch.where(visible.any(0).t().unsqueeze(-1), k, k.new_zeros(()))
 
 
-def _logits(q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled logits [Tq, Hq, S], -inf where invisible, and the mask at the query heads: head h belongs to KV head h // G."""
+def _logits(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits [Tq, Hq, S], -inf where invisible, and the mask per query head (h reads KV head h // G)."""
     group = q.shape[1] // k.shape[1]
     k = _zero_unseen(k, visible).repeat_interleave(group, dim=1)
     visible = visible.repeat_interleave(group, dim=1)
-    logits = softmax_scale * torch.einsum("thd,shd->ths", q, k)
+    logits = scale * torch.einsum("thd,shd->ths", q, k)
     return logits.masked_fill(~visible, float("-inf")), visible
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one sequence over the visible keys; (0, -inf) for a query without any. visible [Tq, Hkv, S]."""
-    logits, visible_q = _logits(q, k, visible, softmax_scale)
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One sequence over its visible keys; (0, -inf) for a query without any. visible [Tq, Hkv, S]."""
+    logits, visible_q = _logits(q, k, visible, scale)
     empty = ~visible_q.any(-1, keepdim=True)
     finite = logits.masked_fill(empty, 0)  # an empty row would have NaN gradients
     p = torch.softmax(finite, dim=-1).masked_fill(empty, 0)
@@ -149,13 +152,13 @@ def compressed_attention(
     compress_stride: int = 16,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the blocks whose last token has been seen (Section 3.3.1) -> o [T, Hq, Dv], lse [T, Hq]."""
+    """Attention over the blocks that end at or before t (Section 3.3.1) -> o [T, Hq, Dv], lse [T, Hq]."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     o, lse = _empty_outputs(q, v_cmp)
     for seq in _sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k):
         rows, ends = seq.blocks(compress_block_size, compress_stride)
         visible = (ends <= seq.positions[:, None])[:, None].expand(-1, k_cmp.shape[1], -1)
-        o[seq.q], lse[seq.q] = _masked_attention(q[seq.q], k_cmp[rows], v_cmp[rows], visible, scale)
+        o[seq.q], lse[seq.q] = _attend(q[seq.q], k_cmp[rows], v_cmp[rows], visible, scale)
     return o, lse
 
 
@@ -173,7 +176,7 @@ def block_scores(
     block_size: int = 64,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Importance of every selection block (Eq. 9 and 10, weighted by overlap) -> [T, Hkv, ceil(max_seqlen_k / l')]."""
+    """Importance of the selection blocks (Eq. 9 and 10, by overlap) -> [T, Hkv, ceil(max_seqlen_k / l')]."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     num_heads_kv = k_cmp.shape[1]
     sequences = list(_sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k))
@@ -209,9 +212,10 @@ def select_blocks(
     num_local_blocks: int = 2,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """The n blocks of every query (Eq. 11): forced ones, then the best scores -> int32 [T, Hkv, n], ascending, -1 = unused."""
+    """Forced blocks, then the best scores (Eq. 11) -> int32 [T, Hkv, n], ascending, -1 = unused."""
     seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    scores = block_scores(q, k_cmp, lse, *seqlens, compress_block_size, compress_stride, block_size, softmax_scale)
+    blocks = (compress_block_size, compress_stride, block_size)
+    scores = block_scores(q, k_cmp, lse, *seqlens, *blocks, softmax_scale)
     num_blocks = scores.shape[2]
     j = torch.arange(num_blocks, device=q.device)
     indices = torch.full((*scores.shape[:2], num_selected_blocks), -1, dtype=torch.int32, device=q.device)
@@ -220,7 +224,8 @@ def select_blocks(
         candidate = j <= own
         forced = candidate & ((j < num_initial_blocks) | (j > own - num_local_blocks))
         rank = scores[seq.q].masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
-        order = rank.sort(dim=-1, descending=True, stable=True).indices  # stable: equal scores keep the lower block first
+        # A stable sort keeps the lower of two blocks with equal scores first.
+        order = rank.sort(dim=-1, descending=True, stable=True).indices
         chosen = order.masked_fill(order > own, num_blocks)[..., :num_selected_blocks].sort(dim=-1).values
         indices[seq.q, :, : chosen.shape[2]] = chosen.masked_fill(chosen == num_blocks, -1).to(torch.int32)
     return indices
@@ -238,16 +243,17 @@ def selected_attention(
     block_size: int = 64,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention over the blocks that block_indices [T, Hkv, n] names, a set per row (Section 3.3.2) -> o, lse."""
+    """Causal attention over the set of blocks in a row of block_indices [T, Hkv, n] (Section 3.3.2)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     o, lse = _empty_outputs(q, v)
-    for seq in _sequences(q, cu_seqlens_q, cu_seqlens_k, k.shape[0] if max_seqlen_k is None else max_seqlen_k):
+    max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    for seq in _sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k):
         s = torch.arange(seq.length, device=q.device)
         visible = torch.zeros(len(seq.positions), k.shape[1], seq.length, dtype=torch.bool, device=q.device)
         for slot in block_indices[seq.q].unbind(-1):
             visible |= slot.unsqueeze(-1) == s // block_size
         visible &= (s <= seq.positions[:, None])[:, None]
-        o[seq.q], lse[seq.q] = _masked_attention(q[seq.q], k[seq.k], v[seq.k], visible, scale)
+        o[seq.q], lse[seq.q] = _attend(q[seq.q], k[seq.k], v[seq.k], visible, scale)
     return o, lse
 
 
@@ -262,18 +268,19 @@ def sliding_window_attention(
     window_size: int = 512,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the last window_size keys, the query's own included (Section 3.3.3) -> o, lse."""
+    """Attention over the last window_size keys, the query's own included (Section 3.3.3)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     o, lse = _empty_outputs(q, v)
-    for seq in _sequences(q, cu_seqlens_q, cu_seqlens_k, k.shape[0] if max_seqlen_k is None else max_seqlen_k):
+    max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    for seq in _sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k):
         s, t = torch.arange(seq.length, device=q.device), seq.positions[:, None]
         visible = ((s <= t) & (s > t - window_size))[:, None].expand(-1, k.shape[1], -1)
-        o[seq.q], lse[seq.q] = _masked_attention(q[seq.q], k[seq.k], v[seq.k], visible, scale)
+        o[seq.q], lse[seq.q] = _attend(q[seq.q], k[seq.k], v[seq.k], visible, scale)
     return o, lse
 
 
 def gated_combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, gate_logits: Tensor) -> Tensor:
-    """Sum of the branches, each times its sigmoid gate (Eq. 5); gate_logits [T, Hq, 3] in the order cmp, slc, swa."""
+    """Sum of the branches, each times its sigmoid gate (Eq. 5); gate_logits [T, Hq, 3] for cmp, slc, swa."""
     sum_dtype = torch.promote_types(o_cmp.dtype, torch.float32)
     gates = torch.sigmoid(gate_logits.to(sum_dtype)).unsqueeze(-2)
     return (torch.stack((o_cmp, o_slc, o_swa), dim=-1).to(sum_dtype) * gates).sum(-1).to(o_cmp.dtype)
@@ -314,7 +321,7 @@ def attention_forward(
     window_size: int = 512,
     softmax_scale: float | None = None,
 ) -> AttentionOutputs:
-    """The three branches and their gated sum, with everything in between; no gradient flows through the selection."""
+    """The three branches and their gated sum; no gradient flows through the selection."""
     max_seqlen_k = k_slc.shape[0] if max_seqlen_k is None else max_seqlen_k
     seqlens = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     blocks = (compress_block_size, compress_stride)
