@@ -287,14 +287,14 @@ def gated_combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, gate_logits: Tens
 
 
 class AttentionOutputs(NamedTuple):
-    """What nsa::attention_forward returns."""
+    """What nsa::attention_forward returns; gradients flow through o only."""
 
-    o: Tensor
-    block_indices: Tensor
-    o_cmp: Tensor
+    o: Tensor  # [T, Hq, Dv]
+    block_indices: Tensor  # [T, Hkv, n], int32
+    o_cmp: Tensor  # [T, Hq, Dv]
     o_slc: Tensor
     o_swa: Tensor
-    lse_cmp: Tensor
+    lse_cmp: Tensor  # [T, Hq]
     lse_slc: Tensor
     lse_swa: Tensor
 
@@ -330,7 +330,10 @@ def attention_forward(
     block_indices = select_blocks(q, k_cmp, lse_cmp, *seqlens, *blocks, *selection, softmax_scale)
     o_slc, lse_slc = selected_attention(q, k_slc, v_slc, block_indices, *seqlens, block_size, softmax_scale)
     o_swa, lse_swa = sliding_window_attention(q, k_swa, v_swa, *seqlens, window_size, softmax_scale)
-    o = gated_combine(o_cmp, o_slc, o_swa, gate_logits)
+    # Not even a NaN among the gates of the rows behind the last sequence may reach an output.
+    end = q.shape[0] if cu_seqlens_q is None else int(cu_seqlens_q[-1])
+    o = torch.zeros_like(o_cmp)
+    o[:end] = gated_combine(o_cmp[:end], o_slc[:end], o_swa[:end], gate_logits[:end])
     return AttentionOutputs(o, block_indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa)
 
 
