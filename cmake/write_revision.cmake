@@ -1,0 +1,17 @@
+# Script: writes OUTPUT with the git revision of SOURCE_DIR ("unknown" outside a repository of its own).
+set(revision "unknown")
+if(EXISTS ${SOURCE_DIR}/.git)
+  execute_process(COMMAND git -C ${SOURCE_DIR} describe --always --dirty --exclude=* --abbrev=12
+                  OUTPUT_VARIABLE described OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)
+  if(NOT failed)
+    set(revision ${described})
+  endif()
+endif()
+set(text "namespace nsa {\nextern const char* const kGitRevision;\nconst char* const kGitRevision = \"${revision}\";\n}  // namespace nsa\n")
+set(previous "")
+if(EXISTS ${OUTPUT})
+  file(READ ${OUTPUT} previous)
+endif()
+if(NOT text STREQUAL previous)
+  file(WRITE ${OUTPUT} "${text}")
+endif()
