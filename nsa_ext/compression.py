@@ -91,9 +91,11 @@ class BlockCompression(nn.Module):
             self.w2.normal_(std=(_SILU_SECOND_MOMENT * self.hidden_size) ** -0.5)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-        """x ``[S, H, D]``, packed sequences at the int32 offsets cu_seqlens ``[B + 1]`` (None: one
-        sequence of max_seqlen tokens, by default S) -> ``[S // stride, H, D]``. Block i of sequence b is
-        row ``cu_seqlens[b] // stride + i``; rows of no block are zero."""
+        """Compresses the packed sequences of x ``[S, H, D]`` -> ``[S // stride, H, D]``.
+
+        cu_seqlens: their int32 offsets ``[B + 1]`` (None: one sequence of max_seqlen tokens, by default S).
+        Block i of sequence b is row ``cu_seqlens[b] // stride + i``; rows of no block are zero.
+        """
         if x.ndim != 3 or x.shape[1:] != (self.num_heads, self.head_dim):
             expected = f"[S, {self.num_heads}, {self.head_dim}]"
             raise ValueError(f"x has shape {list(x.shape)}; it must be {expected} (packed sequences)")
@@ -103,5 +105,6 @@ class BlockCompression(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, block_size={self.block_size}, "
-            f"stride={self.stride}, kind={self.kind!r}, hidden_size={self.hidden_size}, per_head={self.per_head}"
+            f"stride={self.stride}, kind={self.kind!r}, hidden_size={self.hidden_size}, "
+            f"per_head={self.per_head}"
         )

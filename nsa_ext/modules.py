@@ -1,0 +1,189 @@
+"""NativeSparseAttention: the attention layer of a transformer, from hidden states to hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsa_ext.compression import BlockCompression
+from nsa_ext.config import NSAConfig
+from nsa_ext.functional import NSAInfo, packed_attention
+from nsa_ext.packing import Packing
+
+__all__ = ["NativeSparseAttention", "apply_rope", "rope_tables"]
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+_BRANCHES = ("cmp", "slc", "swa")
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> PositionEmbeddings:
+    """cos and sin ``[T, head_dim]`` of the rotary embedding at integer positions ``[T]``, as in
+    transformers."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
+    angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x ``[T, H, D]`` by cos and sin ``[T, D]``: channel c is paired with channel c + D/2."""
+    first, second = x.chunk(2, dim=-1)
+    rotated_half = torch.cat((-second, first), dim=-1)
+    return (x * cos.unsqueeze(1) + rotated_half * sin.unsqueeze(1)).to(x.dtype)
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention with the three gated branches of NSA (arXiv 2502.11089); see NSAConfig for
+    the options.
+
+    Initialisation gives every branch a comparable gradient from the first step. For hidden states of unit
+    variance (behind a norm), each projection is drawn by the fan-in rule ``N(0, 1 / fan_in)``, so
+    queries, keys and values have unit variance and the logits, with the default scale, too;
+    BlockCompression keeps that variance, so that compressed keys compete with the same logits. The gate
+    projection starts with zero weights (they learn at once: the branches' outputs differ) and the bias
+    ``config.gate_bias``: all gates equal, by default 1/3.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory = {"device": device, "dtype": dtype}
+        width, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+
+        def linear(out_features: int, bias: bool) -> nn.Linear:
+            return nn.Linear(width, out_features, bias=bias, **factory)
+
+        self.q_proj = linear(heads * config.head_dim, config.qkv_bias)
+        for branch in ("",) if config.share_kv else _BRANCHES:
+            suffix = f"_{branch}" if branch else ""
+            self.add_module(f"k_proj{suffix}", linear(kv_heads * config.head_dim, config.qkv_bias))
+            self.add_module(f"v_proj{suffix}", linear(kv_heads * config.value_dim, config.qkv_bias))
+        self.gate_proj = linear(heads * 3, True)
+        self.o_proj = nn.Linear(heads * config.value_dim, width, bias=False, **factory)
+
+        def compression(head_dim: int) -> BlockCompression:
+            return BlockCompression(
+                kv_heads,
+                head_dim,
+                config.compress_block_size,
+                config.compress_stride,
+                config.compress_kind,
+                config.compress_hidden_size,
+                config.compress_per_head,
+                **factory,
+            )
+
+        self.compress_k = compression(config.head_dim)
+        self.compress_v = compression(config.value_dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights by the rules of the class documentation."""
+        for module in self.children():
+            if isinstance(module, BlockCompression):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.gate_proj.weight.zero_()
+        self.gate_proj.bias.fill_(self.config.gate_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: PositionEmbeddings | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: object | None = None,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, NSAInfo]:
+        """hidden_states ``[B, S, C]``, or packed ``[T, C]`` -> the same shape, or (output, NSAInfo) with
+        return_info.
+
+        cu_seqlens: int32 ``[B + 1]``, the offsets of packed sequences (None: one sequence); max_seqlen:
+        any upper bound of their lengths, in tokens. attention_mask: bool or 0/1 ``[B, S]``, True = real
+        token, padding on any side; the output is zero at the padding. position_embeddings: (cos, sin),
+        each ``[B, S, head_dim]`` or ``[S, head_dim]`` (packed: ``[T, head_dim]``); None computes them,
+        positions counting from each sequence's first real token.
+        """
+        if cache is not None:
+            raise ValueError("cache is not None: this version has no inference cache yet; pass cache=None")
+        config = self.config
+        if hidden_states.ndim not in (2, 3) or hidden_states.shape[-1] != config.hidden_size:
+            expected = f"[B, S, {config.hidden_size}] or [T, {config.hidden_size}]"
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}; it must be {expected}")
+        leading, device = hidden_states.shape[:-1], hidden_states.device
+        packing = Packing.of("hidden_states", leading, device, attention_mask, cu_seqlens, max_seqlen)
+        x = packing.zero_padding(packing.pack(hidden_states))  # 0 * NaN would reach the weights' gradients
+        cos, sin = self._rope(position_embeddings, packing, x)
+
+        q = apply_rope(self._heads(self.q_proj, x, config.head_dim), cos, sin)
+        k_slc, v_slc = self._key_value("slc", x)
+        k_swa, v_swa = (k_slc, v_slc) if config.share_kv else self._key_value("swa", x)
+        k_cmp, v_cmp = (k_slc, v_slc) if config.share_kv else self._key_value("cmp", x)
+        rotated_slc = apply_rope(k_slc, cos, sin)
+        rotated_swa = rotated_slc if config.share_kv else apply_rope(k_swa, cos, sin)
+        if config.compress_rope == "before":
+            k_cmp = rotated_slc if config.share_kv else apply_rope(k_cmp, cos, sin)
+        k_cmp = self.compress_k(k_cmp, packing.cu_seqlens, packing.max_seqlen)
+        v_cmp = self.compress_v(v_cmp, packing.cu_seqlens, packing.max_seqlen)
+        if config.compress_rope == "after":
+            first = packing.block_starts(x.shape[0], config.compress_stride, device)
+            k_cmp = apply_rope(k_cmp, cos.index_select(0, first), sin.index_select(0, first))
+        gate_logits = self.gate_proj(x).unflatten(-1, (config.num_heads, 3))
+
+        tensors = (q, k_cmp, v_cmp, rotated_slc, v_slc, rotated_swa, v_swa, gate_logits)
+        options = {
+            "compress_block_size": config.compress_block_size,
+            "compress_stride": config.compress_stride,
+            "block_size": config.block_size,
+            "num_selected_blocks": config.num_selected_blocks,
+            "num_initial_blocks": config.num_initial_blocks,
+            "num_local_blocks": config.num_local_blocks,
+            "window_size": config.window_size,
+            "softmax_scale": config.softmax_scale,
+        }
+        o, info = packed_attention(tensors, packing, packing, options, return_info=return_info)
+        output = packing.unpack(self.o_proj(o.flatten(1)))
+        return output if info is None else (output, info)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+    def _heads(self, projection: nn.Module, x: Tensor, head_dim: int) -> Tensor:
+        return projection(x).unflatten(-1, (-1, head_dim))
+
+    def _key_value(self, branch: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        suffix = "" if self.config.share_kv else f"_{branch}"
+        k_proj, v_proj = getattr(self, f"k_proj{suffix}"), getattr(self, f"v_proj{suffix}")
+        return self._heads(k_proj, x, self.config.head_dim), self._heads(v_proj, x, self.config.value_dim)
+
+    def _rope(
+        self, position_embeddings: PositionEmbeddings | None, packing: Packing, x: Tensor
+    ) -> PositionEmbeddings:
+        """cos and sin of every packed row, [T, head_dim]."""
+        dim = self.config.head_dim
+        if position_embeddings is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot count past 256
+            return rope_tables(packing.positions(x.shape[0], x.device), dim, self.config.rope_theta, dtype)
+        leading = (x.shape[0],) if packing.batch is None else packing.batch
+        tables = []
+        for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
+            shape = list(table.shape)
+            if packing.batch is None and table.ndim == 3:
+                table = table.squeeze(0)
+            rows = table.shape[:-2]
+            if table.shape[-2:] != (leading[-1], dim) or (rows and rows not in ((1,), leading[:-1])):
+                expected = [*leading, dim]
+                raise ValueError(f"position_embeddings: {name} has shape {shape}; it must be {expected}")
+            tables.append(packing.pack(table.expand(*leading, dim)))
+        return tables[0], tables[1]
