@@ -1,0 +1,117 @@
+"""Compares two results files, or this tree with another revision in one run.
+
+    python benchmarks/compare.py old.json new.json
+    python benchmarks/compare.py --base main --suite cpu --lengths 8192 --ops attention
+
+With --base, that revision is checked out in a git worktree and built there; then the two libraries are
+measured in turn, several times, by the benchmarks of this tree. Arguments not listed here go to run.py.
+
+A change counts when it exceeds 3 % and the two [p10, p90] ranges (of repetitions: the ranges of their
+medians) do not hold each other's median.
+
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import results_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALLEST_CHANGE = 0.03
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "results", type=Path, nargs="*", metavar="FILE", help="two results files: old and new"
+    )
+    parser.add_argument("--base", metavar="REV", help="the revision to compare this tree with")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each side with --base")
+    args, run_arguments = parser.parse_known_args()
+
+    if args.base and not args.results:
+        old, new = measure_against(args.base, run_arguments or ["--suite", "cpu"], args.repetitions)
+        names = (args.base, "this tree")
+    elif len(args.results) == 2 and not args.base and not run_arguments:
+        old, new = (results_file.by_key(results_file.load(path)["rows"]) for path in args.results)
+        names = tuple(str(path) for path in args.results)
+    else:
+        parser.error("give two results files, or --base REV and arguments of run.py")
+    print_comparison(old, new, *names)
+
+
+def print_comparison(old: dict, new: dict, old_name: str, new_name: str) -> None:
+    print(f"old: {old_name}   new: {new_name}")
+    line = "{:>7}  {:<26} {:<10} {:<9} {:<7} {:>11} {:>11} {:>8}  {}"
+    print(line.format("length", "op", "impl", "direction", "data", "old ms", "new ms", "new/old", "verdict"))
+    shared = [key for key in old if key in new]
+    for key in shared:
+        _, op, impl, direction, data, length = key
+        before, after = old[key], new[key]
+        ratio = after["ms"] / before["ms"]
+        cells = (f"{before['ms']:.3f}", f"{after['ms']:.3f}", f"{ratio:.3f}", verdict(before, after))
+        print(line.format(length, op, impl, direction, data, *cells))
+    slower, faster = (
+        [key for key in shared if verdict(old[key], new[key]) == word] for word in ("slower", "faster")
+    )
+    print(f"{len(shared)} rows compared: {len(slower)} slower, {len(faster)} faster beyond noise", end="")
+    print(f"; {len(old.keys() ^ new.keys())} rows in one of them only" if old.keys() != new.keys() else "")
+
+
+def verdict(old: dict, new: dict) -> str:
+    """ "slower" or "faster" beyond noise, or ""."""
+    ratio = new["ms"] / old["ms"]
+    if abs(ratio - 1) <= SMALLEST_CHANGE:
+        return ""
+    if old["p10_ms"] <= new["ms"] <= old["p90_ms"] or new["p10_ms"] <= old["ms"] <= new["p90_ms"]:
+        return ""
+    return "slower" if ratio > 1 else "faster"
+
+
+# ---- Two revisions in one run ----
+
+
+def measure_against(base: str, run_arguments: list[str], repetitions: int) -> tuple[dict, dict]:
+    """Both libraries in turn, each run a process of its own: torch takes operators of one name only once."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "base"
+        subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), base], check=True)
+        try:
+            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=tree, check=True)
+            runs: dict[Path, list[dict]] = {tree: [], ROOT: []}
+            for _ in range(repetitions):
+                for library, rows in runs.items():
+                    rows.append(_measure_library(library, run_arguments, Path(folder) / "rows.json"))
+        finally:
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
+    return pool(runs[tree]), pool(runs[ROOT])
+
+
+def _measure_library(library: Path, run_arguments: list[str], output: Path) -> dict:
+    environment = os.environ | {"PYTHONPATH": str(library)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *run_arguments, "--impls", "nsa"]
+    subprocess.run([*command, "--json", str(output)], check=True, env=environment)
+    return results_file.by_key(json.loads(output.read_text())["rows"])
+
+
+def pool(runs: list[dict]) -> dict:
+    """The rows of several runs as one: the median of the medians, and the range that they cover."""
+    pooled = {}
+    for key, row in runs[0].items():
+        medians = [run[key]["ms"] for run in runs]
+        whole = {"ms": statistics.median(medians), "p10_ms": min(medians), "p90_ms": max(medians)}
+        pooled[key] = row | (whole if len(runs) > 1 else {})
+    return pooled
+
+
+if __name__ == "__main__":
+    main()
