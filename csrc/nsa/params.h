@@ -1,0 +1,211 @@
+// One plain struct per operation and direction: all that a kernel is told, on any device.
+//
+// T, S: query and key tokens over the whole batch; Hq, Hkv: heads; Dk, Dv: head dims; R: rows of the keys at
+// hand (S for tokens, S // compress_stride for compressed blocks); n: num_selected_blocks. "acc" is the
+// accumulator type: double for f64, float for all others. Backward kernels ADD into dq, dk, dv, which the
+// caller has zeroed; a null pointer means that this gradient is not wanted.
+#pragma once
+
+#include <cstdint>
+
+#include "nsa/geometry.h"
+
+namespace nsa {
+
+enum class DType : int8_t { kF32, kF64, kBF16, kF16 };
+
+// [rows, heads, dim] with unit stride in dim; strides in elements.
+struct RowsView {
+  const void* data = nullptr;
+  int64_t stride_row = 0;
+  int64_t stride_head = 0;
+};
+
+struct Sequence {
+  int64_t q_begin, q_len;  // rows of q
+  int64_t k_begin, k_len;  // tokens of the key side
+
+  // Position of query i: queries stand at the end of their sequence.
+  NSA_HOST_DEVICE constexpr int64_t position(int64_t i) const { return k_len - q_len + i; }
+};
+
+// The packed batch. Without offsets it is one sequence of total_q queries and max_seqlen_k keys.
+struct SequenceBatch {
+  const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]
+  const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]
+  int64_t batch = 1;
+  int64_t total_q = 0;
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+
+  NSA_HOST_DEVICE Sequence sequence(int64_t b) const {
+    if (cu_seqlens_k == nullptr) return {0, total_q, 0, max_seqlen_k};
+    return {cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b], cu_seqlens_k[b],
+            cu_seqlens_k[b + 1] - cu_seqlens_k[b]};
+  }
+};
+
+struct AttentionShape {
+  int num_heads_q = 0, num_heads_kv = 0;
+  int head_dim_qk = 0, head_dim_v = 0;
+
+  NSA_HOST_DEVICE constexpr int group() const { return num_heads_q / num_heads_kv; }
+};
+
+// Compressed attention and the sliding window are one family: key i is visible to the query at position t
+// iff t - window < keys end position <= t (window <= 0: no lower bound).
+struct BandedAttentionFwdParams {
+  DType dtype;
+  SequenceBatch seqs;
+  AttentionShape shape;
+  KeyBlocks keys;
+  int64_t window;
+  double softmax_scale;
+  RowsView q;  // [T, Hq, Dk]
+  RowsView k;  // [R, Hkv, Dk]
+  RowsView v;  // [R, Hkv, Dv]
+  void* o;     // [T, Hq, Dv], contiguous
+  void* lse;   // [T, Hq], acc, natural log
+};
+
+// What every attention backward needs beside its forward: dO may come unscaled, with the gate of the branch
+// beside it.
+struct AttentionGrads {
+  RowsView d_o;           // [T, Hq, Dv], the dtype of q
+  const void* d_o_scale;  // [T, Hq], acc, or null (1): dO of the branch is d_o_scale * d_o
+  const void* delta;      // [T, Hq], acc: rowsum of the branch's dO * o
+  const void* lse;        // [T, Hq], acc, natural log
+  void* dq;               // [T, Hq, Dk], acc, contiguous, added to
+  void* dk;               // [R, Hkv, Dk], acc, contiguous, added to
+  void* dv;               // [R, Hkv, Dv], acc, contiguous, added to
+};
+
+struct BandedAttentionBwdParams {
+  DType dtype;
+  SequenceBatch seqs;
+  AttentionShape shape;
+  KeyBlocks keys;
+  int64_t window;
+  double softmax_scale;
+  RowsView q, k, v;
+  AttentionGrads grads;
+};
+
+struct BlockScoresParams {
+  DType dtype;
+  SequenceBatch seqs;
+  AttentionShape shape;  // head_dim_v is not used
+  KeyBlocks keys;        // the compressed blocks
+  int64_t block_size;
+  double softmax_scale;
+  RowsView q;          // [T, Hq, Dk]
+  RowsView k_cmp;      // [R, Hkv, Dk]
+  const void* lse;     // [T, Hq], acc, of the compressed attention
+  void* scores;        // [T, Hkv, num_blocks], acc
+  int64_t num_blocks;  // ceil(max_seqlen_k / block_size)
+};
+
+struct SelectBlocksParams {
+  BlockScoresParams scoring;  // its scores pointer is not used
+  int num_selected_blocks, num_initial_blocks, num_local_blocks;
+  int32_t* block_indices;  // [T, Hkv, n], ascending, -1 = unused
+};
+
+struct SelectedAttentionFwdParams {
+  DType dtype;
+  SequenceBatch seqs;
+  AttentionShape shape;
+  int64_t block_size;
+  int num_selected_blocks;
+  double softmax_scale;
+  RowsView q;  // [T, Hq, Dk]
+  RowsView k;  // [S, Hkv, Dk]
+  RowsView v;  // [S, Hkv, Dv]
+  const int32_t*
+      block_indices;  // [T, Hkv, n], a set per row: any order, repeats and numbers out of range are legal
+  void* o;            // [T, Hq, Dv], contiguous
+  void* lse;          // [T, Hq], acc, natural log
+};
+
+struct SelectedAttentionBwdParams {
+  DType dtype;
+  SequenceBatch seqs;
+  AttentionShape shape;
+  int64_t block_size;
+  int num_selected_blocks;
+  double softmax_scale;
+  RowsView q, k, v;
+  const int32_t* block_indices;
+  AttentionGrads grads;
+};
+
+// Branches in the order cmp, slc, swa.
+constexpr int kNumBranches = 3;
+
+struct GatedCombineFwdParams {
+  DType dtype;       // of o_branch and o
+  DType gate_dtype;  // of gate_logits
+  int64_t num_rows;  // T * Hq
+  int head_dim_v;
+  const void* o_branch[kNumBranches];  // [T * Hq, Dv], contiguous
+  const void* gate_logits;             // [T * Hq, 3], contiguous
+  void* o;                             // [T * Hq, Dv], contiguous
+};
+
+// One pass over dO and the three outputs gives every gate gradient and every delta:
+// dg_b = rowsum(dO * o_b), d_logits_b = dg_b * g_b * (1 - g_b), delta_b = g_b * dg_b. Any output may be null.
+struct GatedCombineBwdParams {
+  DType dtype;
+  DType gate_dtype;
+  int64_t num_tokens;
+  int num_heads, head_dim_v;
+  RowsView d_o;                        // [T, Hq, Dv]
+  const void* o_branch[kNumBranches];  // [T * Hq, Dv], contiguous
+  const void* gate_logits;             // [T * Hq, 3], contiguous
+  void* d_o_branch[kNumBranches];      // [T * Hq, Dv], the dtype of o: g_b * dO
+  void* d_gate_logits;                 // [T * Hq, 3], the dtype of gate_logits
+  void* gates[kNumBranches];           // [T * Hq], acc: g_b
+  void* delta[kNumBranches];           // [T * Hq], acc
+};
+
+// delta = rowsum(dO * o), for the branches when they are used alone.
+struct DeltaParams {
+  DType dtype;
+  int64_t num_tokens;
+  int num_heads, head_dim_v;
+  RowsView d_o;   // [T, H, Dv]
+  const void* o;  // [T, H, Dv], contiguous
+  void* delta;    // [T, H], acc
+};
+
+enum class CompressKind : int8_t { kMlp, kLinear, kMean };
+
+// phi of one stream. h is 1 (parameters shared over heads) or H.
+struct CompressFwdParams {
+  DType dtype;
+  CompressKind kind;
+  SequenceBatch seqs;  // cu_seqlens_q = cu_seqlens_k = the offsets of x
+  KeyBlocks blocks;
+  int num_heads, head_dim, hidden_size;  // hidden_size = F; equals head_dim for kLinear
+  bool per_head;                         // h == H
+  RowsView x;                            // [S, H, D]
+  const void* pe;                        // [h, l, D], contiguous, or null
+  const void* w1;                        // [h, l * D, F], contiguous
+  const void* b1;                        // [h, F] or null
+  const void* w2;                        // [h, F, D]
+  const void* b2;                        // [h, D] or null
+  void* out;                             // [S // d, H, D], zeroed by the caller: rows of no block stay zero
+};
+
+struct CompressBwdParams {
+  CompressFwdParams fwd;  // its out pointer is not used
+  RowsView d_out;         // [S // d, H, D]
+  void* dx;               // [S, H, D], acc, contiguous, added to; null = not wanted
+  void* d_pe;             // acc, the parameters' shapes, added to; null = not wanted
+  void* d_w1;
+  void* d_b1;
+  void* d_w2;
+  void* d_b2;
+};
+
+}  // namespace nsa
