@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 __all__ = ["Packing"]
 
@@ -63,7 +62,7 @@ class Packing:
             order = torch.argsort((~real).flatten().to(torch.uint8), stable=True)
             inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=device))
             ends = real.sum(1).cumsum(0)
-            return cls(F.pad(ends, (1, 0)).to(torch.int32), leading[1], batch, order, inverse)
+            return cls(nn.functional.pad(ends, (1, 0)).to(torch.int32), leading[1], batch, order, inverse)
         if batch is None or batch[0] == 1:
             return cls(None, leading[-1], batch)
         offsets = torch.arange(batch[0] + 1, dtype=torch.int32, device=device) * batch[1]

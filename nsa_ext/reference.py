@@ -14,11 +14,11 @@ S keys, query i stands at the position t = S - Tq + i.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 __all__ = [
     "AttentionOutputs",
@@ -57,9 +57,8 @@ def _sequences(
         bounds_q, bounds_k = [0, q.shape[0]], [0, q.shape[0] if max_seqlen_k is None else int(max_seqlen_k)]
     else:
         bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for begin_q, end_q, begin_k, end_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
-        length = end_k - begin_k
-        queries = end_q - begin_q
+    for (begin_q, end_q), (begin_k, end_k) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
+        queries, length = end_q - begin_q, end_k - begin_k
         if not 0 <= queries <= length:
             raise ValueError(f"a sequence has {queries} queries and {length} keys; need 0 <= queries <= keys")
         positions = torch.arange(length - queries, length, device=q.device)
@@ -134,7 +133,7 @@ def compress(
         y = torch.einsum("nhx,hxf->nhf", y, w1.expand(heads, -1, -1))
         y = y if b1 is None else y + b1
         if kind == "mlp":
-            y = torch.einsum("nhf,hfd->nhd", F.silu(y), w2.expand(heads, -1, -1))
+            y = torch.einsum("nhf,hfd->nhd", nn.functional.silu(y), w2.expand(heads, -1, -1))
             y = y if b2 is None else y + b2
         out[rows] = y
     return out
