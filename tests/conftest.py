@@ -1,0 +1,33 @@
+"""Fixtures and markers of every test."""
+
+import pytest
+import torch
+from cases import Case
+
+
+def cuda_reason() -> str | None:
+    """Why tests on a GPU cannot run here; None where they can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    import nsa_ext
+
+    if not any(row["path"].startswith("cuda") for row in nsa_ext.support_matrix()):
+        return "nsa_ext has no CUDA kernels"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reason = cuda_reason() if any("gpu" in item.keywords for item in items) else None
+    for item in items:
+        if "gpu" not in item.keywords:
+            continue
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif isinstance(case, Case) and not case.runs_natively_on_cuda():
+            item.add_marker(pytest.mark.skip(reason="not a shape of the CUDA support table"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
