@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from registry import ROOT, load_nsa_ext
 
 
 def describe_machine(device: str) -> dict:
@@ -49,10 +48,9 @@ def device_name(device: str) -> str:
 
 def _library_info() -> dict | None:
     try:
-        import nsa_ext
+        info = load_nsa_ext().build_info()
     except ImportError:
         return None
-    info = nsa_ext.build_info()
     return {key: info[key] for key in ("version", "git_revision", "compiler", "cpu_isa", "cuda_version")}
 
 

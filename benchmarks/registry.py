@@ -5,14 +5,19 @@ or suite is one entry here; run.py, compare.py, plot.py and table.py know none o
 """
 
 import functools
+import importlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 SMOOTH_RHO = 0.98  # of the AR(1) process over tokens
 
 
@@ -185,10 +190,15 @@ def compress_flops(case: Case, head_dim: int) -> dict[str, float]:
 # ---- nsa: this library ----
 
 
-def nsa_ops():
-    """The operators, loaded on first use: importing this module needs neither the library nor its build."""
-    import nsa_ext  # noqa: F401
+def load_nsa_ext() -> ModuleType:
+    """Loaded on first use, so that baselines run without it. An installed one wins over this tree."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return importlib.import_module("nsa_ext")
 
+
+def nsa_ops():
+    load_nsa_ext()
     return torch.ops.nsa
 
 

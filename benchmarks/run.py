@@ -22,8 +22,8 @@ from timing import METHODS, Method, measure, peak_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK = {"rounds": 2, "min_rounds": 1, "burst_ms": 5, "pause_ms": 0}
-HEADINGS = ("length", "op", "impl", "direction", "ms", "p10 .. p90", "TFLOP/s", "peak MiB")
-COLUMNS = "{:>7}  {:<25} {:<9} {:<11} {:>11} {:>23} {:>9} {:>11} {:>9}"
+HEADINGS = ("length", "data", "op", "impl", "direction", "ms", "p10 .. p90", "TFLOP/s", "peak MiB")
+COLUMNS = "{:>7}  {:<7} {:<25} {:<11} {:<9} {:>11} {:>23} {:>9} {:>9} {:>7}"
 
 
 def main() -> int:
@@ -119,7 +119,8 @@ def print_rows(rows: list[dict], baseline: str) -> None:
         print(
             COLUMNS.format(
                 row["length"],
-                row["op"] + ("" if row["data"] == "random" else f" ({row['data']})"),
+                row["data"],
+                row["op"],
                 row["impl"],
                 row["direction"],
                 f"{row['ms']:.3f}",

@@ -1,7 +1,6 @@
 """The benchmark scripts: a quick run writes the promised rows, and the scripts that read them can."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -38,9 +37,7 @@ DIRECTIONS = {"forward", "backward", "step"}
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result
 
