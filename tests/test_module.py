@@ -50,10 +50,9 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """RoPE as a multiplication of complex numbers: channels c and c + D/2 are one number."""
     half = x.shape[-1] // 2
     angles = positions[:, None].double() * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = (
-        torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    )
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    numbers = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = numbers * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
 
 
 def recompute(module: NativeSparseAttention, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,7 @@ def recompute(module: NativeSparseAttention, x: Tensor, offset: int = 0) -> tupl
         linear = module.get_submodule(name)
         dim = c.value_dim if name[0] == "v" else c.head_dim
         y = x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-        return y.view(x.shape[0], -1, dim)
+        return y.unflatten(-1, (-1, dim))
 
     def compress(phi, tokens: Tensor) -> Tensor:
         parameters = (phi.pe, phi.w1, phi.b1, phi.w2, phi.b2)
