@@ -27,9 +27,9 @@ endif()
 
 set(NSA_WITH_CUDA ON)
 set(CMAKE_CUDA_COMPILER ${NSA_NVCC})
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_ARCHITECTURES OFF)  # the flags below instead: they differ between folders, and any CMake takes them
+# Plain flags instead of CMake's properties, for the architectures because they differ between folders, and for the
+# language standard because CMake 3.18 to 3.25 do not know that nvcc has C++20.
+set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NSA_CUDA_ARCHS}")
@@ -65,8 +65,11 @@ function(nsa_set_cuda_options target)
   nsa_gencode_flags(portable_flags ${portable})
 
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo> $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20> $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
     $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v,-warn-spills,-warn-lmem-usage>)
+  set_property(TARGET ${target} PROPERTY CXX_STANDARD)  # unset, because CUDA would take both over
+  set_property(TARGET ${target} PROPERTY CXX_EXTENSIONS)
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   get_target_property(sources ${target} SOURCES)
   foreach(source ${sources})

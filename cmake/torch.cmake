@@ -31,9 +31,11 @@ target_link_libraries(nsa_torch_cuda INTERFACE ${NSA_TORCH_LIB}/libc10_cuda.so)
 
 # at::parallel_for is a header and becomes OpenMP code of ours, which must run on the threads of torch's own OpenMP
 # runtime and not bring a second one. So -fopenmp is for the compiler only, and the linker gets torch's library.
-# Clang has no code generation for GCC's runtime: with it, operators run on one thread unless torch uses LLVM's.
 add_library(nsa_torch_openmp INTERFACE)
-if(NSA_TORCH_OPENMP)
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND NSA_TORCH_OPENMP MATCHES "gomp")
+  message(WARNING "Clang has no code generation for GCC's OpenMP runtime, which this torch uses: "
+                  "the CPU operators will run on one thread. Build with GCC for speed.")
+elseif(NSA_TORCH_OPENMP)
   target_compile_options(nsa_torch_openmp INTERFACE -fopenmp)
   target_link_libraries(nsa_torch_openmp INTERFACE ${NSA_TORCH_OPENMP})
 else()
