@@ -1,0 +1,28 @@
+// The gate on checked arguments: what nsa::gated_combine and nsa::attention share.
+#pragma once
+
+#include <array>
+
+#include "nsa/params.h"
+#include "ops/tensors.h"
+
+namespace nsa::ops {
+
+using BranchTensors = std::array<at::Tensor, kNumBranches>;  // cmp, slc, swa
+
+// o of the first num_rows tokens; branches and gate_logits may hold anything behind them.
+void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits, int64_t num_rows,
+                     const at::Tensor& o);
+
+// Every output is contiguous, or undefined where it is not wanted.
+struct CombineGrads {
+  BranchTensors d_o_branch;  // [T, Hq, Dv]
+  at::Tensor d_gate_logits;  // [T, Hq, 3]
+  BranchTensors gates;       // [T, Hq], acc
+  BranchTensors delta;       // [T, Hq], acc
+};
+
+void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
+                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads);
+
+}  // namespace nsa::ops

@@ -1,0 +1,169 @@
+// nsa::selected_attention.
+#include "ops/autograd.h"
+#include "ops/branches.h"
+#include "ops/checks.h"
+#include "ops/launch_device.h"
+#include "ops/ops.h"
+
+namespace nsa::ops {
+namespace {
+
+// The fields that forward and backward share; the tensors are kept until the launch is over.
+template <typename Params>
+struct SelectedLaunch {
+  at::Tensor k, v, block_indices;
+  Params params;
+
+  SelectedLaunch(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, const at::Tensor& block_indices,
+                 int64_t block_size)
+      : k(as_rows(k)),
+        v(as_rows(v)),
+        block_indices(block_indices.contiguous()),
+        params(call.params<Params>()) {
+    params.block_size = block_size;
+    params.num_selected_blocks = static_cast<int>(block_indices.size(2));
+    params.k = rows_view(this->k);
+    params.v = rows_view(this->v);
+    params.block_indices = this->block_indices.template const_data_ptr<int32_t>();
+  }
+};
+
+}  // namespace
+
+void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                      const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out) {
+  fill_padding(out, call.batch);
+  if (call.batch.empty()) return;
+  SelectedLaunch<SelectedAttentionFwdParams> prepared(call, k, v, block_indices, block_size);
+  prepared.params.o = out.o.mutable_data_ptr();
+  prepared.params.lse = out.lse.mutable_data_ptr();
+  launch(call.op, k.device(), prepared.params);
+}
+
+void selected_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                       const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads) {
+  if (call.batch.empty() || !grads.wanted()) return;
+  SelectedLaunch<SelectedAttentionBwdParams> prepared(call, k, v, block_indices, block_size);
+  prepared.params.grads = grads.params();
+  launch(call.op, k.device(), prepared.params);
+}
+
+namespace {
+
+constexpr const char* kForward = "selected_attention";
+constexpr const char* kBackward = "selected_attention_backward";
+
+AttentionShape check(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& block_indices, const SequenceArgs& sequences, int64_t block_size,
+                     double softmax_scale) {
+  checks.at_least("block_size", block_size, 1);
+  checks.finite("softmax_scale", softmax_scale);
+  const AttentionShape shape = checks.attention({"q", q}, {"k", k}, {"v", v});
+  checks.block_indices({"block_indices", block_indices}, q, shape);
+  checks.sequences(q, sequences);
+  checks.key_rows({"k", k}, sequences, KeyBlocks{});
+  return shape;
+}
+
+struct SelectedAttention : torch::autograd::Function<SelectedAttention> {
+  static constexpr bool is_traceable = true;
+
+  // lse, which is not differentiable, leaves through a pointer: autograd does not see it.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& block_indices, const OptTensor& cu_q, const OptTensor& cu_k, const SymInt& max_q,
+                        const SymInt& max_k, int64_t block_size, double softmax_scale, Tensor* lse) {
+    Tensor o;
+    std::tie(o, *lse) = below_autograd(selected_attention, q, k, v, block_indices, cu_q, cu_k, max_q, max_k,
+                                       block_size, softmax_scale);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({q, k, v, o, *lse, block_indices, or_undefined(cu_q), or_undefined(cu_k)});
+    ctx->saved_data["max_seqlen_q"] = max_q;
+    ctx->saved_data["max_seqlen_k"] = max_k;
+    ctx->saved_data["block_size"] = block_size;
+    ctx->saved_data["softmax_scale"] = softmax_scale;
+    return o;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& d_outputs) {
+    constexpr size_t kNumInputs = 11;
+    const Tensor& d_o = d_outputs[0];
+    if (!d_o.defined()) return torch::autograd::variable_list(kNumInputs);
+    const auto saved = ctx->get_saved_variables();
+    const auto mask = wanted_gradients<3>(ctx);
+    auto grads = selected_attention_backward(
+        d_o, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], or_none(saved[6]), or_none(saved[7]),
+        ctx->saved_data["max_seqlen_q"].toSymInt(), ctx->saved_data["max_seqlen_k"].toSymInt(),
+        ctx->saved_data["block_size"].toInt(), ctx->saved_data["softmax_scale"].toDouble(), mask);
+    return input_gradients(to_array(std::move(grads)), mask, kNumInputs);
+  }
+};
+
+}  // namespace
+
+namespace kernels {
+
+Tensor2 selected_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_indices,
+                           const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                           SymInt max_seqlen_k, int64_t block_size, double softmax_scale) {
+  const SequenceArgs sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const AttentionShape shape =
+      check(Checks(kForward, kForward), q, k, v, block_indices, sequences, block_size, softmax_scale);
+  const BranchOutput out = empty_output(q, shape);
+  if (!q.is_meta()) {
+    selected_forward({kForward, shape, softmax_scale, q, sequences}, k, v, block_indices, block_size, out);
+  }
+  return {out.o, out.lse};
+}
+
+Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& o, const Tensor& lse, const Tensor& block_indices,
+                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                                    SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
+                                    GradMask<3> grad_mask) {
+  const SequenceArgs sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const Checks checks(kBackward, kForward);
+  const AttentionShape shape = check(checks, q, k, v, block_indices, sequences, block_size, softmax_scale);
+  checks.like_output({"d_o", d_o}, q, shape.head_dim_v);
+  checks.like_output({"o", o}, q, shape.head_dim_v);
+  checks.lse({"lse", lse}, q);
+
+  BranchGrads grads;
+  grads.dq = gradient_accumulator(q, grad_mask[0]);
+  grads.dk = gradient_accumulator(k, grad_mask[1]);
+  grads.dv = gradient_accumulator(v, grad_mask[2]);
+  if (!q.is_meta() && grads.wanted()) {
+    const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
+    grads.d_o = as_rows(d_o);
+    grads.delta = attention_delta(call, grads.d_o, o);
+    grads.lse = lse.contiguous();
+    selected_backward(call, k, v, block_indices, block_size, grads);
+  }
+  return {finished_gradient(grads.dq, q), finished_gradient(grads.dk, k), finished_gradient(grads.dv, v)};
+}
+
+}  // namespace kernels
+
+namespace autograd {
+
+Tensor2 selected_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_indices,
+                           const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                           SymInt max_seqlen_k, int64_t block_size, double softmax_scale) {
+  Tensor lse;
+  Tensor o = SelectedAttention::apply(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                      block_size, softmax_scale, &lse);
+  return {o, lse};
+}
+
+Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& o, const Tensor& lse, const Tensor& block_indices,
+                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                                    SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
+                                    GradMask<3> grad_mask) {
+  return once_differentiable(kBackward, {d_o, q, k, v, o, lse}, ops::selected_attention_backward, d_o, q, k, v, o, lse,
+                             block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                             softmax_scale, grad_mask);
+}
+
+}  // namespace autograd
+}  // namespace nsa::ops

@@ -1,0 +1,87 @@
+// From tensors to what Params hold. Arguments have been checked.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <optional>
+
+#include "nsa/params.h"
+#include "ops/checks.h"
+
+namespace nsa::ops {
+
+inline std::optional<DType> find_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::kF32;
+    case at::kDouble:
+      return DType::kF64;
+    case at::kBFloat16:
+      return DType::kBF16;
+    case at::kHalf:
+      return DType::kF16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline DType dtype_of(const at::Tensor& t) { return *find_dtype(t.scalar_type()); }
+
+// The tensor itself if its last dim is contiguous, however the others are strided; else a copy.
+inline at::Tensor as_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+
+// A view of what as_rows returned, which must outlive it.
+inline RowsView rows_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+inline void* pointer(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+inline const void* const_pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+// A zeroed accumulator for the gradient of `input`; undefined (a null pointer) if it is not wanted.
+inline at::Tensor gradient_accumulator(const at::Tensor& input, bool wanted) {
+  if (!wanted) return {};
+  return at::zeros_symint(input.sym_sizes(), input.options().dtype(acc_dtype(input.scalar_type())));
+}
+
+// The gradient in the dtype of its input; empty if it is not wanted.
+inline at::Tensor finished_gradient(const at::Tensor& accumulator, const at::Tensor& input) {
+  return accumulator.defined() ? accumulator.to(input.scalar_type()) : at::empty({0}, input.options());
+}
+
+// The packed batch as kernels see it, with the tensors behind its pointers.
+struct Batch {
+  at::Tensor cu_seqlens_q, cu_seqlens_k;
+  SequenceBatch seqs;
+  // Rows of q behind the last sequence, which no attention kernel writes, start here. Where the offsets are not on the
+  // host this is not known: rows_q = T and padding_begin = 0, so everything is filled and every row is visited.
+  int64_t rows_q = 0;
+  int64_t padding_begin = 0;
+
+  bool empty() const { return seqs.batch == 0 || rows_q == 0; }
+};
+
+inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
+  Batch batch;
+  batch.seqs.total_q = batch.rows_q = batch.padding_begin = q.size(0);
+  batch.seqs.max_seqlen_q = args.max_seqlen_q.expect_int();
+  batch.seqs.max_seqlen_k = args.max_seqlen_k.expect_int();
+  if (!args.cu_seqlens_q.has_value()) return batch;
+  batch.cu_seqlens_q = args.cu_seqlens_q->contiguous();
+  batch.cu_seqlens_k = args.cu_seqlens_k->contiguous();
+  batch.seqs.cu_seqlens_q = batch.cu_seqlens_q.const_data_ptr<int32_t>();
+  batch.seqs.cu_seqlens_k = batch.cu_seqlens_k.const_data_ptr<int32_t>();
+  batch.seqs.batch = batch.cu_seqlens_q.numel() - 1;
+  batch.padding_begin = 0;
+  if (batch.cu_seqlens_q.is_cpu()) {
+    batch.rows_q = batch.padding_begin = batch.seqs.cu_seqlens_q[batch.seqs.batch];
+  }
+  return batch;
+}
+
+// Gives the rows behind the last sequence the value that the specification wants there.
+inline void fill_padding(const at::Tensor& t, const Batch& batch, double value) {
+  if (batch.padding_begin < t.size(0)) t.narrow(0, batch.padding_begin, t.size(0) - batch.padding_begin).fill_(value);
+}
+
+}  // namespace nsa::ops
