@@ -1,0 +1,183 @@
+"""A decoder-only language model: RMSNorm, RoPE, SwiGLU, NSA or full attention; on packed tokens [T, ...]."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nsa_ext
+from nsa_ext.modules import apply_rope, rope_tables
+
+Rope: TypeAlias = tuple[Tensor, Tensor]  # cos, sin [T, head_dim]
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the model; `nsa` holds the options of `nsa_ext.NSAConfig` that only NSA has."""
+
+    vocab_size: int
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    ffn_size: int = 704
+    attention: str = "nsa"
+    rope_theta: float = 10000.0
+    nsa: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("nsa", "full"):
+            raise ValueError(f"attention={self.attention!r}: allowed are 'nsa' and 'full'")
+
+    def nsa_config(self) -> nsa_ext.NSAConfig:
+        """The attention's configuration for nsa_ext."""
+        shared = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rope_theta")
+        return nsa_ext.NSAConfig(**{name: getattr(self, name) for name in shared}, **self.nsa)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a packed batch lie, see `data.Batch`; lengths may be unknown to the host."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...] | None = None
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class FullAttention(nn.Module):
+    """Grouped-query causal attention inside each document, through scaled_dot_product_attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, packing: Packing, mask: Tensor | None) -> Tensor:
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if mask is None:
+            # One causal call per document costs less than a masked one over everything.
+            pieces = zip(*(t.split(packing.lengths) for t in (q, k, v)), strict=True)
+            out = torch.cat([self._attend(*piece, is_causal=True) for piece in pieces])
+        else:
+            rows = (t.view(-1, packing.max_seqlen, *t.shape[1:]) for t in (q, k, v))
+            out = self._attend(*rows, attn_mask=mask)
+        return self.o_proj(out.reshape(len(x), -1))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+        if q.dim() == 3:  # the fast kernels want a batch dimension
+            q, k, v = q[None], k[None], v[None]
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(-3, -2)
+        return out.reshape(-1, *out.shape[-2:])
+
+
+def document_mask(packing: Packing, total: int) -> Tensor:
+    """bool [T / max_seqlen, 1, max_seqlen, max_seqlen]: key in the query's document and not behind it."""
+    tokens = torch.arange(total, device=packing.cu_seqlens.device, dtype=packing.cu_seqlens.dtype)
+    document = torch.bucketize(tokens, packing.cu_seqlens[1:], right=True).view(-1, 1, packing.max_seqlen)
+    same = document[..., :, None] == document[..., None, :]
+    return same & same.new_ones(packing.max_seqlen, packing.max_seqlen).tril()
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.ffn = SwiGLU(config.hidden_size, config.ffn_size)
+        self.is_nsa = config.attention == "nsa"
+        if self.is_nsa:
+            self.attention = nsa_ext.NativeSparseAttention(config.nsa_config())
+        else:
+            self.attention = FullAttention(config)
+
+    def forward(self, x: Tensor, rope: Rope, packing: Packing, mask: Tensor | None) -> Tensor:
+        h = self.attention_norm(x)
+        if self.is_nsa:
+            h = self.attention(
+                h, position_embeddings=rope, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen
+            )
+        else:
+            h = self.attention(h, rope, packing, mask)
+        x = x + h
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """The language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Fan-in initialisation, smaller with depth for what writes to the residual stream.
+
+        The attention of nsa_ext keeps its own, but for its output, which has to follow the depth.
+        """
+        self.embedding.weight.normal_()
+        self.head.weight.zero_()  # the first loss is exactly ln(vocab_size)
+        depth_scale = (2 * self.config.num_layers) ** -0.5
+        for layer in self.layers:
+            attention, ffn = layer.attention, layer.ffn
+            linears = [ffn.gate_up, ffn.down, attention.o_proj]
+            for linear in linears if layer.is_nsa else [*linears, attention.qkv_proj]:
+                linear.weight.normal_(std=linear.in_features**-0.5)
+            for linear in (ffn.down, attention.o_proj):
+                linear.weight.mul_(depth_scale)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, packing: Packing, targets: Tensor | None = None
+    ) -> Tensor:
+        """Logits [T, vocab] or, with targets [T], their mean cross-entropy in nats.
+
+        tokens, positions: int64 [T].
+        """
+        x = self.embedding(tokens)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, torch.float32)
+        needs_mask = self.config.attention == "full" and packing.lengths is None
+        mask = document_mask(packing, len(tokens)) if needs_mask else None
+        for layer in self.layers:
+            x = layer(x, rope, packing, mask)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float(), targets)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
