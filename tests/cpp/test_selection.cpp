@@ -103,7 +103,7 @@ struct Selection {
 
     params.dtype = dtype_of<T>();
     params.seqs = b.params();
-    params.seqs.max_seqlen_k += slack;
+    if (b.offsets) params.seqs.max_seqlen_k += slack;  // without offsets it is the length itself
     num_blocks = (params.seqs.max_seqlen_k + bl.block_size - 1) / bl.block_size;
     params.shape = h.shape();
     params.keys = bl.compressed;
