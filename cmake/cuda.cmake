@@ -27,10 +27,12 @@ endif()
 
 set(NSA_WITH_CUDA ON)
 set(CMAKE_CUDA_COMPILER ${NSA_NVCC})
-# Plain flags instead of CMake's properties, for the architectures because they differ between folders, and for the
-# language standard because CMake 3.18 to 3.25 do not know that nvcc has C++20.
+# Flags of our own instead, because architectures differ between folders.
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake before 3.26 does not know that nvcc has C++20
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+endif()
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NSA_CUDA_ARCHS}")
 if(NSA_TORCH)
@@ -65,18 +67,19 @@ function(nsa_set_cuda_options target)
   nsa_gencode_flags(portable_flags ${portable})
 
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20> $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo> $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
     $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v,-warn-spills,-warn-lmem-usage>)
-  set_property(TARGET ${target} PROPERTY CXX_STANDARD)  # unset, because CUDA would take both over
-  set_property(TARGET ${target} PROPERTY CXX_EXTENSIONS)
-  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   get_target_property(sources ${target} SOURCES)
   foreach(source ${sources})
     if(source MATCHES "/csrc/cuda/sm90/")
-      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${specific_flags}")
+      set(flags ${specific_flags})
     else()
-      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${portable_flags}")
+      set(flags ${portable_flags})
     endif()
+    if(NOT flags)
+      message(FATAL_ERROR "NSA_CUDA_ARCHS = ${NSA_CUDA_ARCHS} has no architecture for ${source}")
+    endif()
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
   endforeach()
 endfunction()
