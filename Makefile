@@ -51,7 +51,7 @@ bench: build
 	python benchmarks/run.py --suite $(SUITE) --json runs/bench-$(SUITE).json
 
 compare: build
-	python benchmarks/compare.py $(BASE)
+	python benchmarks/compare.py --base $(BASE) --suite $(SUITE)
 
 # Needs neither torch nor .venv.
 sanitize:

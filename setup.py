@@ -33,7 +33,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         if cmake is None:
-            raise SystemExit("nsa_ext is built with CMake 3.18 or newer, and there is no `cmake`: pip install cmake")
+            raise SystemExit(
+                "nsa_ext is built with CMake 3.18 or newer, which is not here: pip install cmake"
+            )
         build = ROOT / self.build_temp
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         options = [f"-DNSA_PYTHON={sys.executable}", *os.environ.get("CMAKE_ARGS", "").split()]
@@ -42,8 +44,8 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *options], check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
-        install = [cmake, "--install", str(build), "--prefix", str(prefix), "--component", "python", "--strip"]
-        subprocess.run(install, check=True)
+        component = ["--component", "python", "--strip"]
+        subprocess.run([cmake, "--install", str(build), "--prefix", str(prefix), *component], check=True)
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in names them

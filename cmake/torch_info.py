@@ -8,9 +8,10 @@ try:
     import torch
 except ImportError as error:
     sys.exit(
-        f"nsa_ext is built against the torch of the environment that it is built for, and {sys.executable} has none "
-        f"({error}). Install it first (pip install torch==2.11.0); with a front end that builds in an environment of "
-        "its own (python -m build, uv), switch that isolation off."
+        "nsa_ext is built against the torch of the environment that it is built for, "
+        f"and {sys.executable} has none ({error}). Install it first (pip install torch==2.11.0); "
+        "with a front end that builds in an environment of its own (python -m build, uv), "
+        "switch that isolation off."
     )
 
 root = Path(torch.__file__).parent

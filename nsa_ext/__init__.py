@@ -1,4 +1,4 @@
-"""Native Sparse Attention (arXiv 2502.11089) for PyTorch: C++ and CUDA operators, and the modules on top of them."""
+"""Native Sparse Attention (arXiv 2502.11089) for PyTorch: C++ and CUDA operators and modules."""
 
 import importlib
 from types import ModuleType

@@ -1,6 +1,7 @@
 """Checks that the includes of csrc/ follow the arrows of docs/architecture.md:
 
-ops, bindings -> nsa (the contract) <- cpu | cuda/{portable, sm90} -> cuda/tile -> cuda/ptx, and torch only in ops.
+ops, bindings -> nsa (the contract) <- cpu | cuda/{portable, sm90} -> cuda/tile -> cuda/ptx;
+torch only in ops.
 """
 
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
-# What a folder may include: of ours (with quotes), and of others (with angle brackets, as a regular expression).
+# What a folder may include: of ours (in quotes), and of others (in angle brackets, as a regular expression).
 STANDARD = r"[a-z_0-9]+(\.h)?"
 CUDA_TOOLKIT = rf"{STANDARD}|cuda/.*|cooperative_groups/.*"
 TORCH = rf"{STANDARD}|(torch|ATen|c10)/.*"

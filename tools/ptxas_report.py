@@ -1,6 +1,6 @@
 """Tables what ptxas said about every kernel in a build log; fails on spills and on lost performance.
 
-    python tools/ptxas_report.py build/ptxas/ptxas.log
+python tools/ptxas_report.py build/ptxas/ptxas.log
 """
 
 import re
@@ -59,7 +59,8 @@ def demangle(names: list[str]) -> list[str]:
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return names
-    return subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    result = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
 
 
 def main() -> int:
@@ -70,7 +71,8 @@ def main() -> int:
     print(f"{'arch':8} {'regs':>4} {'stack':>6} {'spills':>6} {'smem':>7}  kernel")
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
         short = re.sub(r"\(.*\)$", "", name.removeprefix("void "))
-        print(f"{kernel.arch:8} {kernel.registers:4} {kernel.stack:6} {kernel.spills:6} {kernel.shared:7}  {short}")
+        numbers = f"{kernel.registers:4} {kernel.stack:6} {kernel.spills:6} {kernel.shared:7}"
+        print(f"{kernel.arch:8} {numbers}  {short}")
     spilling = sum(kernel.spills > 0 for kernel in kernels)
     print(f"{len(kernels)} kernels, {spilling} with spills, {len(fatal)} lines with {', '.join(FATAL_CODES)}")
     for line in fatal:

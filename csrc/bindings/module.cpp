@@ -1,7 +1,8 @@
-// nsa_ext._C: what operators cannot carry. It answers questions about the build, so it needs pybind11 but no torch.
+// nsa_ext._C: what operators cannot carry. It answers questions about the build: pybind11, but no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -99,7 +100,8 @@ py::list support_matrix() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
-        "What this build is made of: versions, git revision, compiler, CUDA architectures, CPU instruction sets.");
+        "What this build is made of: versions, revision, compiler, CUDA architectures, instruction sets.");
   m.def("support_matrix", &support_matrix,
-        "One dict per operator and code path: op, path, device, built, dtypes, head_dims ((Dk, Dv) pairs; None: any).");
+        "One dict per operator and code path: op, path, device, built, dtypes, head_dims ((Dk, Dv) pairs; "
+        "None: any).");
 }
