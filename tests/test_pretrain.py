@@ -23,54 +23,23 @@ from model import Decoder, ModelConfig, Packing  # noqa: E402
 from options import parse_options  # noqa: E402
 from runtime import load_checkpoint  # noqa: E402
 
-TINY_SHAPE = [
-    "--hidden-size",
-    "32",
-    "--num-layers",
-    "2",
-    "--num-heads",
-    "4",
-    "--num-kv-heads",
-    "2",
-    "--head-dim",
-    "8",
-    "--ffn-size",
-    "48",
-    "--compress-block-size",
-    "16",
-    "--compress-stride",
-    "8",
-    "--block-size",
-    "16",
-    "--num-selected-blocks",
-    "4",
-    "--window-size",
-    "16",
-]
-TINY_RUN = [
-    "--context",
-    "128",
-    "--batch-size",
-    "2",
-    "--steps",
-    "8",
-    "--warmup",
-    "2",
-    "--log-every",
-    "1",
-    "--val-every",
-    "4",
-    "--val-sequences",
-    "4",
-    "--sample-tokens",
-    "8",
-]
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 48}
 NSA_OPTIONS = {
     "compress_block_size": 16,
     "compress_stride": 8,
     "block_size": 16,
     "num_selected_blocks": 4,
     "window_size": 16,
+}
+RUN = {
+    "context": 128,
+    "batch_size": 2,
+    "steps": 8,
+    "warmup": 2,
+    "log_every": 1,
+    "val_every": 4,
+    "val_sequences": 4,
+    "sample_tokens": 8,
 }
 
 
@@ -88,18 +57,13 @@ def text_folder(tmp_path_factory):
 
 @pytest.fixture
 def arguments(text_folder, tmp_path):
-    """Command line of a tiny run in a folder of this name, without the program."""
+    """Command line, without the program, of a tiny run in a folder of this name."""
 
     def build(name, *more):
-        folders = [
-            "--data",
-            str(text_folder),
-            "--cache-dir",
-            str(tmp_path / "cache"),
-            "--run-dir",
-            str(tmp_path / name),
-        ]
-        return [*folders, *TINY_SHAPE, *TINY_RUN, *map(str, more)]
+        folders = {"data": text_folder, "cache_dir": tmp_path / "cache", "run_dir": tmp_path / name}
+        options = folders | SHAPE | NSA_OPTIONS | RUN
+        line = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        return [*line, *map(str, more)]
 
     return build
 
@@ -112,7 +76,7 @@ def metrics(run_dir, *names):
 
 def tiny_model(attention):
     torch.manual_seed(0)
-    config = ModelConfig(data.VOCAB_SIZE, 32, 2, 4, 2, 8, 48, attention, nsa=NSA_OPTIONS)
+    config = ModelConfig(data.VOCAB_SIZE, **SHAPE, attention=attention, nsa=NSA_OPTIONS)
     model = Decoder(config).eval()
     with torch.no_grad():
         model.head.weight.normal_()  # it starts at zero, which would hide everything
@@ -180,8 +144,12 @@ def test_batches_mark_the_document_boundaries(text_folder, tmp_path):
 
 def test_an_epoch_visits_each_sequence_once(text_folder, tmp_path):
     text = data.PackedText(data.prepare([text_folder], tmp_path), "train", context=64)
-    orders = [[text._shuffled(e * text.num_sequences + i, seed) for i in range(text.num_sequences)] for e, seed in
-              ((0, 5), (1, 5), (0, 5), (0, 6))]  # fmt: skip
+    count = text.num_sequences
+
+    def order(epoch, seed):
+        return [text._shuffled(epoch * count + i, seed) for i in range(count)]
+
+    orders = [order(0, seed=5), order(1, seed=5), order(0, seed=5), order(0, seed=6)]
     assert all(sorted(order) == list(range(text.num_sequences)) for order in orders)
     assert orders[0] == orders[2]
     assert orders[0] != orders[1] and orders[0] != orders[3]
