@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COMPRESS_KINDS", "COMPRESS_ROPES", "EQUAL_GATE_LOGIT", "NSAConfig"]
+__all__ = ["COMPRESS_KINDS", "COMPRESS_ROPES", "NSAConfig"]
 
 COMPRESS_KINDS = ("mlp", "linear", "mean")
 COMPRESS_ROPES = ("after", "before", "none")
-EQUAL_GATE_LOGIT = -math.log(2.0)  # sigmoid of it is 1/3: three equal gates that sum to 1
 
 _POSITIVE = (
     "hidden_size",
@@ -75,7 +74,7 @@ class NSAConfig:
     share_kv: bool = False
     rope_theta: float = 10000.0
     qkv_bias: bool = False
-    gate_bias: float = EQUAL_GATE_LOGIT
+    gate_bias: float = -math.log(2.0)
     softmax_scale: float | None = None
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from nsa_ext import ops
-from nsa_ext.config import EQUAL_GATE_LOGIT
 from nsa_ext.packing import Packing
 
 __all__ = ["NSAInfo", "nsa_attention", "packed_attention"]
@@ -152,7 +152,9 @@ def nsa_attention(
         )
     if gate_logits is None:
         gate_dtype = torch.promote_types(q.dtype, torch.float32)
-        gates = q.new_full((q.shape[0], q.shape[1], 3), EQUAL_GATE_LOGIT, dtype=gate_dtype)
+        gates = q.new_full(
+            (q.shape[0], q.shape[1], 3), -math.log(2.0), dtype=gate_dtype
+        )  # sigmoid of it is 1/3
     else:
         gates = packing_q.pack(gate_logits)
     k_cmp, v_cmp = _compress(

@@ -53,6 +53,9 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # As text, because torch.compile makes a float attribute an input of the graph, but guards a string.
+        self._rope_theta = repr(float(config.rope_theta))
+        self._softmax_scale = repr(float(config.softmax_scale or config.head_dim**-0.5))
         factory = {"device": device, "dtype": dtype}
         width, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
 
@@ -150,7 +153,7 @@ class NativeSparseAttention(nn.Module):
             "num_initial_blocks": config.num_initial_blocks,
             "num_local_blocks": config.num_local_blocks,
             "window_size": config.window_size,
-            "softmax_scale": config.softmax_scale,
+            "softmax_scale": float(self._softmax_scale),
         }
         o, info = packed_attention(tensors, packing, packing, options, return_info=return_info)
         output = packing.unpack(self.o_proj(o.flatten(1)))
@@ -174,7 +177,7 @@ class NativeSparseAttention(nn.Module):
         dim = self.config.head_dim
         if position_embeddings is None:
             dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot count past 256
-            return rope_tables(packing.positions(x.shape[0], x.device), dim, self.config.rope_theta, dtype)
+            return rope_tables(packing.positions(x.shape[0], x.device), dim, float(self._rope_theta), dtype)
         leading = (x.shape[0],) if packing.batch is None else packing.batch
         tables = []
         for name, table in zip(("cos", "sin"), position_embeddings, strict=True):

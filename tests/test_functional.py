@@ -215,6 +215,7 @@ def test_softmax_scale():
 
 
 def test_one_dynamic_graph_for_several_lengths_and_masks():
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(nsa_attention, backend=counter, fullgraph=True, dynamic=True)
     for length, real in ((48, 40), (61, 13), (90, 77)):

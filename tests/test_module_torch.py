@@ -14,6 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from nsa_ext import NativeSparseAttention, NSAConfig
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("layout", ["batch", "packed", "mask"])
 def test_compiles_to_one_dynamic_graph_with_backward(layout):
     module = make()
@@ -33,6 +38,14 @@ def test_compiles_to_one_dynamic_graph_with_backward(layout):
     assert counter.frame_count == 1
 
 
+def test_layers_with_other_floats_do_not_share_a_graph():
+    """A float of the config is a constant of the graph, so it must be guarded."""
+    x = random_input(1, 40)
+    for changes in ({}, {"rope_theta": 500.0}, {"softmax_scale": 0.9}):
+        module = make(**changes)
+        assert_equal(torch.compile(module, backend="eager", fullgraph=True, dynamic=True)(x), module(x))
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor():
     module = make()
@@ -45,7 +58,7 @@ def test_compiles_with_inductor():
 
 def test_exports_with_a_dynamic_length():
     module = make().eval()
-    length = torch.export.Dim("length", min=2, max=4096)
+    length = torch.export.Dim("length", min=4, max=4096)  # at least two compressed rows
     exported = torch.export.export(module, (random_input(2, 40),), dynamic_shapes=({1: length},))
     for n in (40, 71):
         x = random_input(2, n)
