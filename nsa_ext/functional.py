@@ -32,6 +32,9 @@ class NSAInfo:
     gates: Tensor  # [..., Hq, 3]: sigmoid of the logits, in the order cmp, slc, swa
 
 
+torch.export.register_dataclass(NSAInfo, serialized_type_name="nsa_ext.NSAInfo")
+
+
 def packed_attention(
     tensors: tuple[Tensor, ...],
     packing_q: Packing,

@@ -229,6 +229,22 @@ def test_one_dynamic_graph_for_several_lengths_and_masks():
     assert counter.frame_count == 1
 
 
+def test_users_functions_compile():
+    q, k, v = qkv(2, LENGTH)
+
+    def phi(key, value, cu_seqlens, max_seqlen):
+        options = (None, None, None, None, None, cu_seqlens, max_seqlen, 8, 4, "mean")
+        return 2 * ops.compress(key, *options), ops.compress(value, *options)
+
+    def best_scores(query, k_cmp, lse, scores_fn):
+        return scores_fn().topk(3).indices
+
+    kwargs = {"compression_fn": phi, "selection_fn": best_scores, **SIZES}
+    torch._dynamo.reset()
+    compiled = torch.compile(nsa_attention, backend="eager", fullgraph=True)
+    assert_equal(compiled(q, k, v, **kwargs), nsa_attention(q, k, v, **kwargs))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

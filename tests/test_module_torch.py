@@ -65,6 +65,18 @@ def test_exports_with_a_dynamic_length():
         assert_equal(exported.module()(x), module(x))
 
 
+def test_info_passes_through_export_and_compile():
+    module, x = make(), random_input(2, 40)
+    expected, expected_info = module(x, return_info=True)
+    exported = torch.export.export(module, (x,), {"return_info": True}).module()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for fn in (exported, compiled):
+        actual, info = fn(x, return_info=True)
+        assert_equal(actual, expected)
+        assert torch.equal(info.block_indices, expected_info.block_indices)
+        assert_equal(info.gates, expected_info.gates)
+
+
 def test_autocast_to_bfloat16():
     """Against the same layer in plain PyTorch under autocast; all blocks are selected, so that no
     near-tie decides."""
