@@ -121,7 +121,11 @@ def peak_memory(op: str, impl: str, case: Case, threads: int | None = None) -> d
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(f"the process that measures the peak memory of {op} by {impl} died") from None
+        process.join()
+        message = (
+            f"the process that measures the peak memory of {op} by {impl} exited with {process.exitcode}"
+        )
+        raise RuntimeError(message) from None
     finally:
         process.join()
 
