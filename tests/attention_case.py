@@ -1,10 +1,10 @@
-"""The inputs of nsa::attention for a case, and its comparison with the reference on the operator's own selection."""
+"""The inputs of nsa::attention for a case, and its comparison with the reference on its own selection."""
 
 from collections.abc import Callable
 
 import torch
 from cases import Inputs
-from harness import Masks, as_tuple, check, op, to
+from harness import Masks, as_tuple, check, largest_logit, op, to
 from tolerance import accumulator, assert_selection_close, finite_max, floor
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def attention_reference(indices: Tensor, every_output: bool = False) -> Callable
     """reference.attention on a given selection: in low precision near-ties may be chosen differently."""
     indices = indices.cpu()
 
-    def attend(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, *rest):  # noqa: ANN001, ANN202
+    def attend(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, *rest):
         *cu, length, stride, block_size, _, _, _, window, scale = rest
         o_cmp, lse_cmp = reference.compressed_attention(q, k_cmp, v_cmp, *cu, length, stride, scale)
         o_slc, lse_slc = reference.selected_attention(q, k_slc, v_slc, indices, *cu, block_size, scale)
@@ -47,20 +47,13 @@ def check_attention(
     garbage: Masks | None = None,
     compare_selection: bool = False,
 ) -> tuple:
-    """check() of nsa::attention; the selection is compared with the reference's by its scores (exactly in fp64)."""
+    """check() of nsa::attention, and of the selection by its scores (exactly in fp64)."""
     rest = attention_rest(x)
     _, indices = as_tuple(op("attention")(*[t.detach() for t in tensors.values()], *rest))
-    outputs = check(
-        "attention",
-        tensors,
-        rest,
-        wanted,
-        x.output_like(),
-        garbage,
-        reference_fn=attention_reference(indices),
-    )
-    if garbage is None:
-        assert torch.equal(outputs[1], indices), "the selection depends on whether gradients are wanted"
+    logit = max(largest_logit(x.q, tensors[f"k_{branch}"], x.scale) for branch in ("cmp", "slc", "swa"))
+    given = attention_reference(indices)
+    outputs = check("attention", tensors, rest, wanted, x.output_like(), garbage, given, logit)
+    assert torch.equal(outputs[1], indices), "the selection depends on more than what queries see"
     if compare_selection:
         assert_selection_like_reference(x, tensors, outputs[1])
     return outputs

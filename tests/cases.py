@@ -1,6 +1,7 @@
 """The one table of shapes and parameters, and the inputs made from a row of it.
 
-Everything here is written out from the specification by loops over sequences, independent of the library under test.
+Everything here is written out from the specification by loops over sequences, independent of the library
+under test.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ class Case:
         return sum(self.lengths[:b]) // self.compress[1]
 
     def seen(self, branch: str) -> Tensor:
-        """Bool [rows of the branch's keys]: visible to at least one query through the band (cmp, swa) or causally (slc)."""
+        """Bool [rows of the branch's keys]: visible to a query through the band (cmp, swa) or causally (slc)."""
         length, stride = self.compress
         mask = torch.zeros(self.num_keys // stride if branch == "cmp" else self.num_keys, dtype=torch.bool)
         for _, b, t in self.queries_and_positions():
@@ -184,7 +185,7 @@ def default_dtype(device: str) -> torch.dtype:
 
 @dataclasses.dataclass
 class Inputs:
-    """Random inputs of every operator for one case; .cu is the (cu_seqlens_q, cu_seqlens_k, max_q, max_k) of an op call."""
+    """Random inputs of every operator for one case; cu: (cu_seqlens_q, cu_seqlens_k, max_q, max_k)."""
 
     case: Case
     dtype: torch.dtype
@@ -227,7 +228,7 @@ class Inputs:
         return self.random(12, self.case.num_queries, self.case.heads[0], 3)
 
     def block_indices(self) -> Tensor:
-        """Sets that a selection would make, and what a set may also hold: repeats, disorder, -1, numbers out of range."""
+        """Rows with what a set may hold beside own blocks: repeats, disorder, -1, numbers out of range."""
         own, n = self.case.own_blocks(), self.case.select[0]
         generator = torch.Generator().manual_seed(1000 * self.seed + 13)
         shape = (self.case.num_queries, self.case.heads[1], n)

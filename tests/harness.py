@@ -1,4 +1,4 @@
-"""Runs an operator and its reference on the same inputs, forward and backward, and compares them by tolerance.py."""
+"""Runs an operator and its reference on the same inputs, forward and backward, and compares them."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,7 +25,7 @@ def as_tuple(result: Tensor | tuple) -> tuple:
 def run(
     fn: Callable, tensors: Tensors, rest: Sequence, wanted: Sequence[str], d_o: Tensor | None
 ) -> tuple[tuple, dict[str, Tensor]]:
-    """fn(*tensors, *rest) -> its outputs, and the gradients of the first one for the tensors that are wanted."""
+    """fn(*tensors, *rest) -> its outputs, and the gradients of the first one for the wanted tensors."""
     leaves = {
         name: t.detach().requires_grad_(name in wanted) if isinstance(t, Tensor) else None
         for name, t in tensors.items()
@@ -67,12 +67,13 @@ def check(
     d_o: Tensor,
     garbage: Masks | None = None,
     reference_fn: Callable | None = None,
-    largest_logit: float | None = None,
+    logit: float = 0.0,
+    second_is_lse: bool = False,
 ) -> tuple:
     """Compares torch.ops.nsa.<name> with the reference.
 
-    tensors: the leading tensor arguments, in order; wanted: those to differentiate. garbage: rows ("d_o" too) that hold NaN
-    and Inf when the operator sees them, and zeros when the reference does. Outputs after the first are lse and the like.
+    tensors: the leading tensor arguments, in order; wanted: those to differentiate. garbage: rows ("d_o"
+    too) that hold NaN and Inf when the operator sees them, and zeros when the reference does.
     """
     reference_fn = reference_fn or getattr(reference, name)
     garbage = dict(garbage or {})
@@ -89,12 +90,12 @@ def check(
         results.append(run(reference_fn, arguments, [to(r) for r in rest], wanted, to(clean_d_o, precision)))
     (exact, exact_grads), (baseline, baseline_grads) = results
     assert len(outputs) == len(exact)
-    assert_close("o", outputs[0], exact[0], baseline[0])
-    if largest_logit is not None:
-        assert_lse_close("lse", outputs[1], exact[1], largest_logit)
+    assert_close("o", outputs[0], exact[0], baseline[0], largest_logit=logit)
+    if second_is_lse:
+        assert_lse_close("lse", outputs[1], exact[1], logit)
         assert not outputs[1].requires_grad, "lse is not differentiable"
     for key, grad in grads.items():
-        assert_close(f"d_{key}", grad, exact_grads[key], baseline_grads[key])
+        assert_close(f"d_{key}", grad, exact_grads[key], baseline_grads[key], largest_logit=logit)
         if key in garbage:
             assert not grad[garbage[key].to(grad.device)].any(), (
                 f"d_{key} is not zero in rows that nobody sees"
@@ -139,7 +140,8 @@ def branch_check(
         (*x.cu, *parameters, x.scale),
         ("q", "k", "v"),
         x.output_like(),
-        largest_logit=largest_logit(x.q, tensors["k"], x.scale),
+        logit=largest_logit(x.q, tensors["k"], x.scale),
+        second_is_lse=True,
         **kwargs,
     )
     unused = rows_of_no_query(x.case)

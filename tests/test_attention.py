@@ -21,7 +21,7 @@ def test_equals_reference(case: Case, device: str, dtype: torch.dtype) -> None:
 @by_target
 @by_case("one_sequence", "ragged_with_empty", "padding_rows", "chunked_prefill", "nothing_forced")
 def test_selection_is_exact_in_fp64_and_close_elsewhere(case: Case, device: str, dtype: torch.dtype) -> None:
-    """The operator's own lse feeds its own selection: the whole chain is compared, not select_blocks alone."""
+    """The operator's own lse feeds its own selection: the whole chain is compared."""
     x = Inputs(case, dtype, device, q_scale=3.0)
     check_attention(x, attention_tensors(x), compare_selection=True)
 

@@ -25,7 +25,7 @@ def test_equals_reference(case: Case, device: str, dtype: torch.dtype) -> None:
 
 @by_target
 def test_weights_of_the_defaults_by_hand(device: str, dtype: torch.dtype) -> None:
-    """32 / 16 / 64 with equal probabilities: the weights 1, 2, 2, 2, 1 of the five blocks that touch a selection block."""
+    """32 / 16 / 64 with equal probabilities: weights 1, 2, 2, 2, 1 of the five blocks that touch one."""
     num_tokens = 512
     q = torch.zeros(num_tokens, 2, 64, dtype=dtype, device=device)
     k_cmp = torch.zeros(num_tokens // 16, 1, 64, dtype=dtype, device=device)
@@ -37,7 +37,7 @@ def test_weights_of_the_defaults_by_hand(device: str, dtype: torch.dtype) -> Non
     p = 2 / num_visible  # of both heads
     expected = torch.tensor([7.0] + [8.0] * 6 + [7.0]).double() * p
     torch.testing.assert_close(scores[-1], expected, rtol=1e-5, atol=0)
-    # A block that straddles two selection blocks gives each exactly half of its 2 p: t = 79 sees blocks 0 .. 3.
+    # A block that straddles two selection blocks gives each half of its 2 p: t = 79 sees blocks 0 .. 3.
     torch.testing.assert_close(
         scores[79, :3], torch.tensor([7.0, 1.0, 0.0]).double() * 2 / 4, rtol=1e-5, atol=0
     )

@@ -1,4 +1,4 @@
-"""nsa::select_blocks: what holds of every selection, the exact sets in fp64, the scores of the sets elsewhere."""
+"""nsa::select_blocks: what holds of every selection, exact sets in fp64, scores of the sets elsewhere."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def test_a_query_sees_exactly_w_keys(window: int, device: str, dtype: torch.dtyp
 
 @by_target
 def test_window_counts_from_the_position_not_the_row(device: str, dtype: torch.dtype) -> None:
-    """Three queries at the end of ten keys: the value of each key is one-hot, so o says which keys were read."""
+    """Three queries at the end of ten keys: values are one-hot, so o says which keys were read."""
     num_keys, window = 10, 4
     q = torch.zeros(3, 1, 64, dtype=dtype, device=device)
     k = torch.zeros(num_keys, 1, 64, dtype=dtype, device=device)
