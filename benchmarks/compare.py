@@ -28,24 +28,20 @@ SMALLEST_CHANGE = 0.03
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "results", type=Path, nargs="*", metavar="FILE", help="two results files: old and new"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--base", metavar="REV", help="the revision to compare this tree with")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each side with --base")
-    args, run_arguments = parser.parse_known_args()
+    args, rest = parser.parse_known_args()  # FILE FILE, or the arguments of run.py
 
-    if args.base and not args.results:
-        old, new = measure_against(args.base, run_arguments or ["--suite", "cpu"], args.repetitions)
-        names = (args.base, "this tree")
-    elif len(args.results) == 2 and not args.base and not run_arguments:
-        old, new = (results_file.by_key(results_file.load(path)["rows"]) for path in args.results)
-        names = tuple(str(path) for path in args.results)
+    if args.base:
+        old, new = measure_against(args.base, rest or ["--suite", "cpu"], args.repetitions)
+        print_comparison(old, new, args.base, "this tree")
+    elif len(rest) == 2 and not any(word.startswith("-") for word in rest):
+        old, new = (results_file.by_key(results_file.load(Path(path))["rows"]) for path in rest)
+        print_comparison(old, new, *rest)
     else:
         parser.error("give two results files, or --base REV and arguments of run.py")
-    print_comparison(old, new, *names)
 
 
 def print_comparison(old: dict, new: dict, old_name: str, new_name: str) -> None:
