@@ -18,7 +18,9 @@ struct Config {
   double softmax_scale;
 
   KeyBlocks compressed() const { return {compress_block_size, compress_stride}; }
-  Selection selection() const { return {block_size, num_selected_blocks, num_initial_blocks, num_local_blocks}; }
+  Selection selection() const {
+    return {block_size, num_selected_blocks, num_initial_blocks, num_local_blocks};
+  }
 };
 
 // q and the keys and values of the branches.
@@ -26,12 +28,14 @@ struct Inputs {
   const Tensor &q, &k_cmp, &v_cmp, &k_slc, &v_slc, &k_swa, &v_swa, &gate_logits;
 };
 
-AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs& sequences, const Config& config) {
-  checks.compression("compress_block_size", config.compress_block_size, "compress_stride", config.compress_stride);
+AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs& sequences,
+                     const Config& config) {
+  checks.compression("compress_block_size", config.compress_block_size, "compress_stride",
+                     config.compress_stride);
   checks.selection_block(config.block_size, config.compress_stride);
   checks.selection(config.num_selected_blocks, config.num_initial_blocks, config.num_local_blocks);
   checks.at_least("window_size", config.window_size, 1);
-  checks.finite("softmax_scale", config.softmax_scale);
+  checks.positive("softmax_scale", config.softmax_scale);
 
   const AttentionShape shape = checks.attention({"q", in.q}, {"k_cmp", in.k_cmp}, {"v_cmp", in.v_cmp});
   const auto token_branch = [&](Arg k, Arg v) {
@@ -53,7 +57,8 @@ AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs&
 
 Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& config) {
   const AttentionShape shape = check(Checks(kForward, kSupportRow), in, sequences, config);
-  const BranchOutput cmp = empty_output(in.q, shape), slc = empty_output(in.q, shape), swa = empty_output(in.q, shape);
+  const BranchOutput cmp = empty_output(in.q, shape), slc = empty_output(in.q, shape),
+                     swa = empty_output(in.q, shape);
   const Tensor block_indices = empty_block_indices(in.q, shape, config.num_selected_blocks);
   const Tensor o = at::empty_symint(cmp.o.sym_sizes(), cmp.o.options());
   if (!in.q.is_meta()) {
@@ -62,8 +67,10 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
     select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(), block_indices);
     selected_forward(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
     banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
-    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o);
-    fill_padding(o, call.batch, 0);
+    const bool on_host = call.batch.seqs.cu_seqlens_q == nullptr || in.q.is_cpu();
+    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o,
+                    on_host ? nullptr : call.batch.seqs.cu_seqlens_q + call.batch.seqs.batch);
+    if (on_host) fill_padding(o, call.batch, 0);
   }
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};
 }
@@ -79,16 +86,17 @@ struct Attention : torch::autograd::Function<Attention> {
   // All results but o, which are not differentiable, leave through a pointer: autograd does not see them.
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k_cmp,
                         const Tensor& v_cmp, const Tensor& k_slc, const Tensor& v_slc, const Tensor& k_swa,
-                        const Tensor& v_swa, const Tensor& gate_logits, const OptTensor& cu_q, const OptTensor& cu_k,
-                        const SymInt& max_q, const SymInt& max_k, const Config& config, Tensor8* results) {
-    *results = below_autograd(attention_forward, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_q, cu_k,
-                              max_q, max_k, config.compress_block_size, config.compress_stride, config.block_size,
-                              config.num_selected_blocks, config.num_initial_blocks, config.num_local_blocks,
-                              config.window_size, config.softmax_scale);
+                        const Tensor& v_swa, const Tensor& gate_logits, const OptTensor& cu_q,
+                        const OptTensor& cu_k, const SymInt& max_q, const SymInt& max_k, const Config& config,
+                        Tensor8* results) {
+    *results = below_autograd(attention_forward, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits,
+                              cu_q, cu_k, max_q, max_k, config.compress_block_size, config.compress_stride,
+                              config.block_size, config.num_selected_blocks, config.num_initial_blocks,
+                              config.num_local_blocks, config.window_size, config.softmax_scale);
     const auto& [o, block_indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa] = *results;
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, block_indices, o_cmp, o_slc,
-                            o_swa, lse_cmp, lse_slc, lse_swa, or_undefined(cu_q), or_undefined(cu_k)});
+    ctx->save_for_backward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, block_indices, o_cmp,
+                            o_slc, o_swa, lse_cmp, lse_slc, lse_swa, or_undefined(cu_q), or_undefined(cu_k)});
     ctx->saved_data["max_seqlen_q"] = max_q;
     ctx->saved_data["max_seqlen_k"] = max_k;
     ctx->saved_data["compress_block_size"] = config.compress_block_size;
@@ -111,12 +119,13 @@ struct Attention : torch::autograd::Function<Attention> {
     const auto integer = [&](const char* name) { return ctx->saved_data[name].toInt(); };
     const auto mask = wanted_gradients<8>(ctx);
     auto grads = attention_backward(
-        d_o, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9],
-        saved[10], saved[11], saved[12], saved[13], saved[14], or_none(saved[15]), or_none(saved[16]),
-        ctx->saved_data["max_seqlen_q"].toSymInt(), ctx->saved_data["max_seqlen_k"].toSymInt(),
-        integer("compress_block_size"), integer("compress_stride"), integer("block_size"),
-        integer("num_selected_blocks"), integer("num_initial_blocks"), integer("num_local_blocks"),
-        integer("window_size"), ctx->saved_data["softmax_scale"].toDouble(), mask);
+        d_o, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8],
+        saved[9], saved[10], saved[11], saved[12], saved[13], saved[14], or_none(saved[15]),
+        or_none(saved[16]), ctx->saved_data["max_seqlen_q"].toSymInt(),
+        ctx->saved_data["max_seqlen_k"].toSymInt(), integer("compress_block_size"),
+        integer("compress_stride"), integer("block_size"), integer("num_selected_blocks"),
+        integer("num_initial_blocks"), integer("num_local_blocks"), integer("window_size"),
+        ctx->saved_data["softmax_scale"].toDouble(), mask);
     return input_gradients(to_array(std::move(grads)), mask, kNumInputs);
   }
 };
@@ -126,23 +135,24 @@ struct Attention : torch::autograd::Function<Attention> {
 namespace kernels {
 
 Tensor8 attention_forward(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
-                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
-                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                          SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
-                          int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
-                          int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
+                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
+                          const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
+                          const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                          int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                          int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                          int64_t window_size, double softmax_scale) {
   return forward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits},
                  {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                  {compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
                   num_local_blocks, window_size, softmax_scale});
 }
 
-Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc, const Tensor& v_slc,
-                  const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
-                  const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                  int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                  int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                  int64_t window_size, double softmax_scale) {
+Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
+                  const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
+                  const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                  SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
+                  int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
+                  int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
   const Tensor8 results = forward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits},
                                   {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                                   {compress_block_size, compress_stride, block_size, num_selected_blocks,
@@ -153,12 +163,12 @@ Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, con
 Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
                            const Tensor& k_slc, const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
                            const Tensor& gate_logits, const Tensor& block_indices, const Tensor& o_cmp,
-                           const Tensor& o_slc, const Tensor& o_swa, const Tensor& lse_cmp, const Tensor& lse_slc,
-                           const Tensor& lse_swa, const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
-                           SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
-                           int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks,
-                           int64_t num_initial_blocks, int64_t num_local_blocks, int64_t window_size,
-                           double softmax_scale, GradMask<8> grad_mask) {
+                           const Tensor& o_slc, const Tensor& o_swa, const Tensor& lse_cmp,
+                           const Tensor& lse_slc, const Tensor& lse_swa, const OptTensor& cu_seqlens_q,
+                           const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                           int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                           int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                           int64_t window_size, double softmax_scale, GradMask<8> grad_mask) {
   const SequenceArgs sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const Config config{compress_block_size, compress_stride,  block_size,  num_selected_blocks,
                       num_initial_blocks,  num_local_blocks, window_size, softmax_scale};
@@ -176,9 +186,12 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
 
   // All three branches add into one dq.
   const Tensor dq = gradient_accumulator(q, grad_mask[0]);
-  const Tensor dk_cmp = gradient_accumulator(k_cmp, grad_mask[1]), dv_cmp = gradient_accumulator(v_cmp, grad_mask[2]);
-  const Tensor dk_slc = gradient_accumulator(k_slc, grad_mask[3]), dv_slc = gradient_accumulator(v_slc, grad_mask[4]);
-  const Tensor dk_swa = gradient_accumulator(k_swa, grad_mask[5]), dv_swa = gradient_accumulator(v_swa, grad_mask[6]);
+  const Tensor dk_cmp = gradient_accumulator(k_cmp, grad_mask[1]),
+               dv_cmp = gradient_accumulator(v_cmp, grad_mask[2]);
+  const Tensor dk_slc = gradient_accumulator(k_slc, grad_mask[3]),
+               dv_slc = gradient_accumulator(v_slc, grad_mask[4]);
+  const Tensor dk_swa = gradient_accumulator(k_swa, grad_mask[5]),
+               dv_swa = gradient_accumulator(v_swa, grad_mask[6]);
   const Tensor d_gate_logits = empty_if(grad_mask[7], gate_logits);
 
   if (!q.is_meta()) {
@@ -209,8 +222,9 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);
     banded_backward(call, k_swa, v_swa, KeyBlocks{}, window_size, branches[2]);
   }
-  return {finished_gradient(dq, q),         finished_gradient(dk_cmp, k_cmp), finished_gradient(dv_cmp, v_cmp),
-          finished_gradient(dk_slc, k_slc), finished_gradient(dv_slc, v_slc), finished_gradient(dk_swa, k_swa),
+  return {finished_gradient(dq, q),         finished_gradient(dk_cmp, k_cmp),
+          finished_gradient(dv_cmp, v_cmp), finished_gradient(dk_slc, k_slc),
+          finished_gradient(dv_slc, v_slc), finished_gradient(dk_swa, k_swa),
           finished_gradient(dv_swa, v_swa), finished_gradient(d_gate_logits, gate_logits)};
 }
 
@@ -219,49 +233,49 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
 namespace autograd {
 
 Tensor8 attention_forward(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
-                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
-                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                          SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
-                          int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
-                          int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
+                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
+                          const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
+                          const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                          int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                          int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                          int64_t window_size, double softmax_scale) {
   const Config config{compress_block_size, compress_stride,  block_size,  num_selected_blocks,
                       num_initial_blocks,  num_local_blocks, window_size, softmax_scale};
   Tensor8 results;
-  Tensor o = Attention::apply(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q, cu_seqlens_k,
-                              max_seqlen_q, max_seqlen_k, config, &results);
+  Tensor o = Attention::apply(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q,
+                              cu_seqlens_k, max_seqlen_q, max_seqlen_k, config, &results);
   std::get<0>(results) = std::move(o);
   return results;
 }
 
-Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc, const Tensor& v_slc,
-                  const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
-                  const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                  int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                  int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                  int64_t window_size, double softmax_scale) {
+Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
+                  const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
+                  const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                  SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
+                  int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
+                  int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
   const Tensor8 results = autograd::attention_forward(
-      q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-      compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
-      window_size, softmax_scale);
+      q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+      max_seqlen_k, compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
+      num_local_blocks, window_size, softmax_scale);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
 Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
                            const Tensor& k_slc, const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
                            const Tensor& gate_logits, const Tensor& block_indices, const Tensor& o_cmp,
-                           const Tensor& o_slc, const Tensor& o_swa, const Tensor& lse_cmp, const Tensor& lse_slc,
-                           const Tensor& lse_swa, const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
-                           SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
-                           int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks,
-                           int64_t num_initial_blocks, int64_t num_local_blocks, int64_t window_size,
-                           double softmax_scale, GradMask<8> grad_mask) {
-  return once_differentiable(kBackward,
-                             {d_o, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, o_cmp, o_slc, o_swa},
-                             ops::attention_backward, d_o, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits,
-                             block_indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, cu_seqlens_q, cu_seqlens_k,
-                             max_seqlen_q, max_seqlen_k, compress_block_size, compress_stride, block_size,
-                             num_selected_blocks, num_initial_blocks, num_local_blocks, window_size, softmax_scale,
-                             grad_mask);
+                           const Tensor& o_slc, const Tensor& o_swa, const Tensor& lse_cmp,
+                           const Tensor& lse_slc, const Tensor& lse_swa, const OptTensor& cu_seqlens_q,
+                           const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                           int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                           int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                           int64_t window_size, double softmax_scale, GradMask<8> grad_mask) {
+  return once_differentiable(
+      kBackward, {d_o, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, o_cmp, o_slc, o_swa},
+      ops::attention_backward, d_o, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, block_indices,
+      o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+      compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
+      num_local_blocks, window_size, softmax_scale, grad_mask);
 }
 
 }  // namespace autograd

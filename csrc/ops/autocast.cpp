@@ -1,6 +1,6 @@
-// Autocast of the forward operators, by the lower-precision policy of scaled_dot_product_attention: every floating
-// argument but float64 ones is cast to the autocast dtype. lse is no input of the user's model but an fp32 result, so
-// it stays; integer tensors stay anyway.
+// Autocast of the forward operators, by the lower-precision policy of scaled_dot_product_attention: every
+// floating argument but float64 ones is cast to the autocast dtype. lse is no input of the user's model but
+// an fp32 result, so it stays; integer tensors stay anyway.
 #include <ATen/autocast_mode.h>
 
 #include "ops/ops.h"
@@ -34,26 +34,28 @@ auto call_lowered(const Operator& op, const Tensor& first, const Rest&... rest) 
 
 namespace autocast {
 
-Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
-                const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size,
-                int64_t stride, std::string_view kind) {
+Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1,
+                const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
+                int64_t block_size, int64_t stride, std::string_view kind) {
   return call_lowered(ops::compress, x, pe, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, stride, kind);
 }
 
-Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const OptTensor& cu_seqlens_q,
-                             const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                             int64_t compress_block_size, int64_t compress_stride, double softmax_scale) {
+Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
+                             const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                             SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                             int64_t compress_stride, double softmax_scale) {
   return call_lowered(ops::compressed_attention, q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                       max_seqlen_k, compress_block_size, compress_stride, softmax_scale);
 }
 
 Tensor block_scores(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
                     const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size, double softmax_scale) {
+                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                    double softmax_scale) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Lower lower(q);
-  return ops::block_scores(lower(q), lower(k_cmp), lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                           compress_block_size, compress_stride, block_size, softmax_scale);
+  return ops::block_scores(lower(q), lower(k_cmp), lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                           max_seqlen_k, compress_block_size, compress_stride, block_size, softmax_scale);
 }
 
 Tensor select_blocks(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
@@ -63,49 +65,54 @@ Tensor select_blocks(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, co
                      double softmax_scale) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Lower lower(q);
-  return ops::select_blocks(lower(q), lower(k_cmp), lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                            compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
-                            num_local_blocks, softmax_scale);
+  return ops::select_blocks(lower(q), lower(k_cmp), lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                            max_seqlen_k, compress_block_size, compress_stride, block_size,
+                            num_selected_blocks, num_initial_blocks, num_local_blocks, softmax_scale);
 }
 
 Tensor2 selected_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_indices,
                            const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
                            SymInt max_seqlen_k, int64_t block_size, double softmax_scale) {
-  return call_lowered(ops::selected_attention, q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                      max_seqlen_k, block_size, softmax_scale);
+  return call_lowered(ops::selected_attention, q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k,
+                      max_seqlen_q, max_seqlen_k, block_size, softmax_scale);
 }
 
-Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
-                                 const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                 int64_t window_size, double softmax_scale) {
-  return call_lowered(ops::sliding_window_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                      window_size, softmax_scale);
+Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                 SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
+                                 double softmax_scale) {
+  return call_lowered(ops::sliding_window_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                      max_seqlen_k, window_size, softmax_scale);
 }
 
-Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa, const Tensor& gate_logits) {
+Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
+                     const Tensor& gate_logits) {
   return call_lowered(ops::gated_combine, o_cmp, o_slc, o_swa, gate_logits);
 }
 
-Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc, const Tensor& v_slc,
-                  const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
-                  const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                  int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                  int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                  int64_t window_size, double softmax_scale) {
+Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
+                  const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
+                  const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                  SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
+                  int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
+                  int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
   return call_lowered(ops::attention, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q,
-                      cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size, compress_stride, block_size,
-                      num_selected_blocks, num_initial_blocks, num_local_blocks, window_size, softmax_scale);
+                      cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size, compress_stride,
+                      block_size, num_selected_blocks, num_initial_blocks, num_local_blocks, window_size,
+                      softmax_scale);
 }
 
 Tensor8 attention_forward(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
-                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
-                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                          SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
-                          int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
-                          int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
-  return call_lowered(ops::attention_forward, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q,
-                      cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size, compress_stride, block_size,
-                      num_selected_blocks, num_initial_blocks, num_local_blocks, window_size, softmax_scale);
+                          const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
+                          const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
+                          const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                          int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                          int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                          int64_t window_size, double softmax_scale) {
+  return call_lowered(ops::attention_forward, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits,
+                      cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size,
+                      compress_stride, block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
+                      window_size, softmax_scale);
 }
 
 }  // namespace autocast

@@ -1,9 +1,8 @@
 // What the autograd Functions of the operators share.
 #pragma once
 
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
 #include <tuple>
@@ -11,7 +10,8 @@
 
 namespace nsa::ops {
 
-// Calls an operator below autograd, where a Function's forward or a non-differentiable operator does its work.
+// Calls an operator below autograd, where a Function's forward or a non-differentiable operator does its
+// work.
 template <typename Operator, typename... Args>
 auto below_autograd(const Operator& op, Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -32,10 +32,11 @@ std::array<bool, N> wanted_gradients(const torch::autograd::AutogradContext* ctx
   return mask;
 }
 
-// What a Function with num_inputs arguments returns: the gradients of the first of them, undefined where unwanted.
+// What a Function with num_inputs arguments returns: the gradients of the first of them, undefined where
+// unwanted.
 template <size_t N>
-torch::autograd::variable_list input_gradients(const std::array<at::Tensor, N>& grads, const std::array<bool, N>& mask,
-                                               size_t num_inputs) {
+torch::autograd::variable_list input_gradients(const std::array<at::Tensor, N>& grads,
+                                               const std::array<bool, N>& mask, size_t num_inputs) {
   torch::autograd::variable_list result(num_inputs);
   for (size_t i = 0; i < N; ++i) {
     if (mask[i]) result[i] = grads[i];
@@ -49,7 +50,8 @@ std::array<at::Tensor, sizeof...(Tensors)> to_array(std::tuple<Tensors...>&& ten
                     std::move(tensors));
 }
 
-// Makes a backward through the results of a backward operator an error, instead of a gradient that stops silently.
+// Makes a backward through the results of a backward operator an error, instead of a gradient that stops
+// silently.
 void forbid_double_backward(const char* op, const torch::autograd::variable_list& inputs,
                             const torch::autograd::variable_list& outputs);
 

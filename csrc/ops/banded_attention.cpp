@@ -1,4 +1,5 @@
-// nsa::compressed_attention and nsa::sliding_window_attention: one family (csrc/nsa/params.h), so one implementation.
+// nsa::compressed_attention and nsa::sliding_window_attention: one family (csrc/nsa/params.h), so one
+// implementation.
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
@@ -8,8 +9,7 @@
 namespace nsa::ops {
 
 at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, const at::Tensor& o) {
-  const at::Tensor delta =
-      at::empty({o.size(0), o.size(1)}, o.options().dtype(acc_dtype(o.scalar_type())));
+  const at::Tensor delta = at::empty({o.size(0), o.size(1)}, o.options().dtype(acc_dtype(o.scalar_type())));
   if (call.batch.empty()) return delta;
   const at::Tensor o_contiguous = o.contiguous();
   DeltaParams params{};
@@ -30,6 +30,7 @@ void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Te
   if (call.batch.empty()) return;
   const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v);
   auto params = call.params<BandedAttentionFwdParams>();
+  params.seqs.key_rows = k.size(0);
   params.keys = keys;
   params.window = window;
   params.k = rows_view(k_rows);
@@ -44,6 +45,7 @@ void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::T
   if (call.batch.empty() || !grads.wanted()) return;
   const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v);
   auto params = call.params<BandedAttentionBwdParams>();
+  params.seqs.key_rows = k.size(0);
   params.keys = keys;
   params.window = window;
   params.k = rows_view(k_rows);
@@ -68,21 +70,23 @@ struct Names {
   const char *op, *support_row, *k, *v;
 };
 constexpr Names kCompressed = {"compressed_attention", "compressed_attention", "k_cmp", "v_cmp"};
-constexpr Names kCompressedBackward = {"compressed_attention_backward", "compressed_attention", "k_cmp", "v_cmp"};
+constexpr Names kCompressedBackward = {"compressed_attention_backward", "compressed_attention", "k_cmp",
+                                       "v_cmp"};
 constexpr Names kSliding = {"sliding_window_attention", "sliding_window_attention", "k", "v"};
-constexpr Names kSlidingBackward = {"sliding_window_attention_backward", "sliding_window_attention", "k", "v"};
+constexpr Names kSlidingBackward = {"sliding_window_attention_backward", "sliding_window_attention", "k",
+                                    "v"};
 
-AttentionShape check(const Checks& checks, const Names& names, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const SequenceArgs& sequences, const Band& band, double softmax_scale) {
-  checks.finite("softmax_scale", softmax_scale);
+AttentionShape check(const Checks& checks, const Names& names, const Tensor& q, const Tensor& k,
+                     const Tensor& v, const SequenceArgs& sequences, const Band& band, double softmax_scale) {
+  checks.positive("softmax_scale", softmax_scale);
   const AttentionShape shape = checks.attention({"q", q}, {names.k, k}, {names.v, v});
   checks.sequences(q, sequences);
   checks.key_rows({names.k, k}, sequences, band.keys);
   return shape;
 }
 
-Tensor2 forward(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v, const SequenceArgs& sequences,
-                const Band& band, double softmax_scale) {
+Tensor2 forward(const Names& names, const Tensor& q, const Tensor& k, const Tensor& v,
+                const SequenceArgs& sequences, const Band& band, double softmax_scale) {
   const Checks checks(names.op, names.support_row);
   const AttentionShape shape = check(checks, names, q, k, v, sequences, band, softmax_scale);
   const BranchOutput out = empty_output(q, shape);
@@ -119,15 +123,15 @@ struct BandedAttention : torch::autograd::Function<BandedAttention> {
   static constexpr bool is_traceable = true;
 
   // lse, which is not differentiable, leaves through a pointer: autograd does not see it.
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const OptTensor& cu_q, const OptTensor& cu_k, const SymInt& max_q, const SymInt& max_k,
-                        const Band& band, double softmax_scale, Tensor* lse) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const OptTensor& cu_q, const OptTensor& cu_k, const SymInt& max_q,
+                        const SymInt& max_k, const Band& band, double softmax_scale, Tensor* lse) {
     Tensor o;
-    std::tie(o, *lse) =
-        band.is_compressed()
-            ? below_autograd(compressed_attention, q, k, v, cu_q, cu_k, max_q, max_k, band.keys.block,
-                             band.keys.stride, softmax_scale)
-            : below_autograd(sliding_window_attention, q, k, v, cu_q, cu_k, max_q, max_k, band.window, softmax_scale);
+    std::tie(o, *lse) = band.is_compressed()
+                            ? below_autograd(compressed_attention, q, k, v, cu_q, cu_k, max_q, max_k,
+                                             band.keys.block, band.keys.stride, softmax_scale)
+                            : below_autograd(sliding_window_attention, q, k, v, cu_q, cu_k, max_q, max_k,
+                                             band.window, softmax_scale);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, o, *lse, or_undefined(cu_q), or_undefined(cu_k)});
     ctx->saved_data["max_seqlen_q"] = max_q;
@@ -156,8 +160,8 @@ struct BandedAttention : torch::autograd::Function<BandedAttention> {
                      ? compressed_attention_backward(d_o, q, k, v, o, lse, cu_q, cu_k, max_q, max_k,
                                                      ctx->saved_data["block"].toInt(),
                                                      ctx->saved_data["stride"].toInt(), softmax_scale, mask)
-                     : sliding_window_attention_backward(d_o, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, window,
-                                                         softmax_scale, mask);
+                     : sliding_window_attention_backward(d_o, q, k, v, o, lse, cu_q, cu_k, max_q, max_k,
+                                                         window, softmax_scale, mask);
     return input_gradients(to_array(std::move(grads)), mask, kNumInputs);
   }
 };
@@ -166,20 +170,21 @@ struct BandedAttention : torch::autograd::Function<BandedAttention> {
 
 namespace kernels {
 
-Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const OptTensor& cu_seqlens_q,
-                             const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                             int64_t compress_block_size, int64_t compress_stride, double softmax_scale) {
+Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
+                             const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                             SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                             int64_t compress_stride, double softmax_scale) {
   Checks(kCompressed.op, kCompressed.support_row)
       .compression("compress_block_size", compress_block_size, "compress_stride", compress_stride);
   return forward(kCompressed, q, k_cmp, v_cmp, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                  Band::compressed(compress_block_size, compress_stride), softmax_scale);
 }
 
-Tensor3 compressed_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
-                                      const Tensor& o, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                                      const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                      int64_t compress_block_size, int64_t compress_stride, double softmax_scale,
-                                      GradMask<3> grad_mask) {
+Tensor3 compressed_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp,
+                                      const Tensor& v_cmp, const Tensor& o, const Tensor& lse,
+                                      const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                      SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                                      int64_t compress_stride, double softmax_scale, GradMask<3> grad_mask) {
   Checks(kCompressedBackward.op, kCompressedBackward.support_row)
       .compression("compress_block_size", compress_block_size, "compress_stride", compress_stride);
   return backward(kCompressedBackward, d_o, q, k_cmp, v_cmp, o, lse,
@@ -187,63 +192,72 @@ Tensor3 compressed_attention_backward(const Tensor& d_o, const Tensor& q, const 
                   Band::compressed(compress_block_size, compress_stride), softmax_scale, grad_mask);
 }
 
-Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
-                                 const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                 int64_t window_size, double softmax_scale) {
+Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                 SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
+                                 double softmax_scale) {
   Checks(kSliding.op, kSliding.support_row).at_least("window_size", window_size, 1);
   return forward(kSliding, q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                  Band::sliding(window_size), softmax_scale);
 }
 
-Tensor3 sliding_window_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const Tensor& o, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                                          const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                          int64_t window_size, double softmax_scale, GradMask<3> grad_mask) {
+Tensor3 sliding_window_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k,
+                                          const Tensor& v, const Tensor& o, const Tensor& lse,
+                                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                          SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
+                                          double softmax_scale, GradMask<3> grad_mask) {
   Checks(kSlidingBackward.op, kSlidingBackward.support_row).at_least("window_size", window_size, 1);
-  return backward(kSlidingBackward, d_o, q, k, v, o, lse, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
-                  Band::sliding(window_size), softmax_scale, grad_mask);
+  return backward(kSlidingBackward, d_o, q, k, v, o, lse,
+                  {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, Band::sliding(window_size),
+                  softmax_scale, grad_mask);
 }
 
 }  // namespace kernels
 
 namespace autograd {
 
-Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const OptTensor& cu_seqlens_q,
-                             const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                             int64_t compress_block_size, int64_t compress_stride, double softmax_scale) {
+Tensor2 compressed_attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
+                             const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                             SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                             int64_t compress_stride, double softmax_scale) {
   Tensor lse;
-  Tensor o = BandedAttention::apply(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                    Band::compressed(compress_block_size, compress_stride), softmax_scale, &lse);
+  Tensor o =
+      BandedAttention::apply(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                             Band::compressed(compress_block_size, compress_stride), softmax_scale, &lse);
   return {o, lse};
 }
 
-Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
-                                 const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                 int64_t window_size, double softmax_scale) {
-  Checks(kSliding.op, kSliding.support_row).at_least("window_size", window_size, 1);  // 0 would mean the other operator
+Tensor2 sliding_window_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                 SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
+                                 double softmax_scale) {
+  Checks(kSliding.op, kSliding.support_row)
+      .at_least("window_size", window_size, 1);  // 0 would mean the other operator
   Tensor lse;
   Tensor o = BandedAttention::apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                     Band::sliding(window_size), softmax_scale, &lse);
   return {o, lse};
 }
 
-Tensor3 compressed_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
-                                      const Tensor& o, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                                      const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                      int64_t compress_block_size, int64_t compress_stride, double softmax_scale,
-                                      GradMask<3> grad_mask) {
-  return once_differentiable(kCompressedBackward.op, {d_o, q, k_cmp, v_cmp, o, lse}, ops::compressed_attention_backward,
-                             d_o, q, k_cmp, v_cmp, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                             compress_block_size, compress_stride, softmax_scale, grad_mask);
+Tensor3 compressed_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp,
+                                      const Tensor& v_cmp, const Tensor& o, const Tensor& lse,
+                                      const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                      SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                                      int64_t compress_stride, double softmax_scale, GradMask<3> grad_mask) {
+  return once_differentiable(kCompressedBackward.op, {d_o, q, k_cmp, v_cmp, o, lse},
+                             ops::compressed_attention_backward, d_o, q, k_cmp, v_cmp, o, lse, cu_seqlens_q,
+                             cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size, compress_stride,
+                             softmax_scale, grad_mask);
 }
 
-Tensor3 sliding_window_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const Tensor& o, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                                          const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                          int64_t window_size, double softmax_scale, GradMask<3> grad_mask) {
-  return once_differentiable(kSlidingBackward.op, {d_o, q, k, v, o, lse}, ops::sliding_window_attention_backward, d_o,
-                             q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size,
-                             softmax_scale, grad_mask);
+Tensor3 sliding_window_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k,
+                                          const Tensor& v, const Tensor& o, const Tensor& lse,
+                                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                          SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
+                                          double softmax_scale, GradMask<3> grad_mask) {
+  return once_differentiable(kSlidingBackward.op, {d_o, q, k, v, o, lse},
+                             ops::sliding_window_attention_backward, d_o, q, k, v, o, lse, cu_seqlens_q,
+                             cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size, softmax_scale, grad_mask);
 }
 
 }  // namespace autograd

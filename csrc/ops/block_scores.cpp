@@ -1,5 +1,5 @@
-// nsa::block_scores and nsa::select_blocks: from compressed attention to the blocks that each query reads. Neither is
-// differentiable: gradients flow through the output of the compressed branch.
+// nsa::block_scores and nsa::select_blocks: from compressed attention to the blocks that each query reads.
+// Neither is differentiable: gradients flow through the output of the compressed branch.
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
@@ -17,6 +17,7 @@ struct Scoring {
   Scoring(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
           int64_t block_size)
       : k_cmp(as_rows(k_cmp)), lse(lse.contiguous()), params(call.params<BlockScoresParams>()) {
+    params.seqs.key_rows = k_cmp.size(0);
     params.keys = keys;
     params.block_size = block_size;
     params.k_cmp = rows_view(this->k_cmp);
@@ -26,10 +27,11 @@ struct Scoring {
 };
 
 AttentionShape check(const Checks& checks, const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
-                     const SequenceArgs& sequences, KeyBlocks keys, int64_t block_size, double softmax_scale) {
+                     const SequenceArgs& sequences, KeyBlocks keys, int64_t block_size,
+                     double softmax_scale) {
   checks.compression("compress_block_size", keys.block, "compress_stride", keys.stride);
   checks.selection_block(block_size, keys.stride);
-  checks.finite("softmax_scale", softmax_scale);
+  checks.positive("softmax_scale", softmax_scale);
   const AttentionShape shape = checks.attention({"q", q}, {"k_cmp", k_cmp});
   checks.lse({"lse", lse}, q);
   checks.sequences(q, sequences);
@@ -50,6 +52,9 @@ void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor
   params.num_initial_blocks = static_cast<int>(selection.num_initial_blocks);
   params.num_local_blocks = static_cast<int>(selection.num_local_blocks);
   params.block_indices = block_indices.mutable_data_ptr<int32_t>();
+  const at::Tensor workspace =
+      at::empty({select_blocks_workspace(k_cmp.device(), params)}, k_cmp.options().dtype(at::kByte));
+  params.workspace = workspace.mutable_data_ptr();
   launch(call.op, k_cmp.device(), params);
 }
 
@@ -57,20 +62,27 @@ namespace kernels {
 
 Tensor block_scores(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
                     const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size, double softmax_scale) {
+                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                    double softmax_scale) {
   constexpr const char* kOp = "block_scores";
   const SequenceArgs sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const KeyBlocks keys{compress_block_size, compress_stride};
   const AttentionShape shape =
       check(Checks(kOp, kOp), q, k_cmp, lse, sequences, keys, block_size, softmax_scale);
-  const Tensor scores = at::zeros_symint(
-      {q.sym_size(0), shape.num_heads_kv, (max_seqlen_k + (block_size - 1)) / block_size},
-      q.options().dtype(acc_dtype(q.scalar_type())));
+  const Tensor scores =
+      at::empty_symint({q.sym_size(0), shape.num_heads_kv, (max_seqlen_k + (block_size - 1)) / block_size},
+                       q.options().dtype(acc_dtype(q.scalar_type())));
   if (q.is_meta()) return scores;
   const AttentionCall call(kOp, shape, softmax_scale, q, sequences);
+  if (scores.is_cpu()) {
+    fill_padding(scores, call.batch, 0);
+  } else {
+    scores.zero_();  // kernels write the candidates alone
+  }
   if (call.batch.empty() || scores.numel() == 0) return scores;
   Scoring scoring(call, k_cmp, lse, keys, block_size);
   scoring.params.scores = scores.mutable_data_ptr();
+  scoring.params.num_blocks = scores.size(2);
   launch(kOp, q.device(), scoring.params);
   return scores;
 }
@@ -100,9 +112,10 @@ namespace autograd {
 
 Tensor block_scores(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
                     const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size, double softmax_scale) {
-  return below_autograd(ops::block_scores, q, k_cmp, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                        compress_block_size, compress_stride, block_size, softmax_scale);
+                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                    double softmax_scale) {
+  return below_autograd(ops::block_scores, q, k_cmp, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                        max_seqlen_k, compress_block_size, compress_stride, block_size, softmax_scale);
 }
 
 Tensor select_blocks(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
@@ -110,9 +123,9 @@ Tensor select_blocks(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, co
                      int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
                      int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
                      double softmax_scale) {
-  return below_autograd(ops::select_blocks, q, k_cmp, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                        compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
-                        num_local_blocks, softmax_scale);
+  return below_autograd(ops::select_blocks, q, k_cmp, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                        max_seqlen_k, compress_block_size, compress_stride, block_size, num_selected_blocks,
+                        num_initial_blocks, num_local_blocks, softmax_scale);
 }
 
 }  // namespace autograd

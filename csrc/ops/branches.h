@@ -49,8 +49,10 @@ inline void fill_padding(const BranchOutput& out, const Batch& batch) {
   fill_padding(out.lse, batch, -std::numeric_limits<double>::infinity());
 }
 
-inline at::Tensor empty_block_indices(const at::Tensor& q, const AttentionShape& shape, int64_t num_selected_blocks) {
-  return at::empty_symint({q.sym_size(0), shape.num_heads_kv, num_selected_blocks}, q.options().dtype(at::kInt));
+inline at::Tensor empty_block_indices(const at::Tensor& q, const AttentionShape& shape,
+                                      int64_t num_selected_blocks) {
+  return at::empty_symint({q.sym_size(0), shape.num_heads_kv, num_selected_blocks},
+                          q.options().dtype(at::kInt));
 }
 
 // The tensors of AttentionGrads.
@@ -62,8 +64,10 @@ struct BranchGrads {
 
   bool wanted() const { return dq.defined() || dk.defined() || dv.defined(); }
   AttentionGrads params() const {
-    return {rows_view(d_o),    const_pointer(d_o_scale), const_pointer(delta), const_pointer(lse),
-            pointer(dq),       pointer(dk),              pointer(dv)};
+    return {rows_view(d_o),       const_pointer(d_o_scale),
+            const_pointer(delta), const_pointer(lse),
+            pointer(dq),          pointer(dk),
+            pointer(dv)};
   }
 };
 

@@ -17,22 +17,26 @@
 namespace nsa::ops {
 namespace {
 
-constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16"};
-
 // True unless the sizes are known to differ.
-bool may_be_equal(const c10::SymInt& a, const c10::SymInt& b) { return !TORCH_STATICALLY_KNOWN_TRUE(a.sym_ne(b)); }
+bool may_be_equal(const c10::SymInt& a, const c10::SymInt& b) {
+  return !TORCH_STATICALLY_KNOWN_TRUE(a.sym_ne(b));
+}
 
 // True unless a > b is known.
-bool may_be_at_most(const c10::SymInt& a, const c10::SymInt& b) { return !TORCH_STATICALLY_KNOWN_TRUE(a.sym_gt(b)); }
+bool may_be_at_most(const c10::SymInt& a, const c10::SymInt& b) {
+  return !TORCH_STATICALLY_KNOWN_TRUE(a.sym_gt(b));
+}
 
 int concrete_size(const at::Tensor& t, int64_t dim) {
   return static_cast<int>(t.sym_size(dim).guard_int(__FILE__, __LINE__));
 }
 
-std::string dtype_names(unsigned dtypes) {
+std::string name_of(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
+std::string names_of(unsigned dtypes) {
   std::string names;
-  for (unsigned i = 0; i < std::size(kDTypeNames); ++i) {
-    if (dtypes >> i & 1) names += (names.empty() ? "" : ", ") + std::string(kDTypeNames[i]);
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
+    if (dtypes & bit(*find_dtype(dtype))) names += (names.empty() ? "" : ", ") + name_of(dtype);
   }
   return names;
 }
@@ -64,7 +68,8 @@ AttentionShape Checks::attention(Arg q, Arg k, Arg v) const {
   alike(q, {v});
   shape.head_dim_v = concrete_size(v.tensor, 2);
   this->shape(v, {k.tensor.sym_size(0), shape.num_heads_kv, shape.head_dim_v}, "[rows of k, Hkv, Dv]");
-  NSA_CHECK(shape.head_dim_v > 0, v.name, " has shape ", v.tensor.sym_sizes(), "; the head dim must be at least 1");
+  NSA_CHECK(shape.head_dim_v > 0, v.name, " has shape ", v.tensor.sym_sizes(),
+            "; the head dim must be at least 1");
   supported(q, &shape);
   return shape;
 }
@@ -80,7 +85,8 @@ AttentionShape Checks::attention(Arg q, Arg k) const {
   NSA_CHECK(shape.num_heads_q > 0 && shape.head_dim_qk > 0, q.name, " has shape ", q.tensor.sym_sizes(),
             "; the number of heads and the head dim must be at least 1");
   NSA_CHECK(shape.num_heads_kv > 0 && shape.num_heads_q % shape.num_heads_kv == 0, k.name, " has ",
-            shape.num_heads_kv, " heads; their number must divide the ", shape.num_heads_q, " heads of ", q.name);
+            shape.num_heads_kv, " heads; their number must divide the ", shape.num_heads_q, " heads of ",
+            q.name);
   this->shape(k, {k.tensor.sym_size(0), shape.num_heads_kv, shape.head_dim_qk}, "[rows, Hkv, Dk]");
   supported(q, &shape);
   return shape;
@@ -90,14 +96,15 @@ void Checks::alike(Arg first, std::initializer_list<Arg> others) const {
   for (const Arg& other : others) {
     device(other, first.tensor.device());
     NSA_CHECK(other.tensor.scalar_type() == first.tensor.scalar_type(), other.name, " has dtype ",
-              other.tensor.scalar_type(), "; expected the dtype of ", first.name, ", ", first.tensor.scalar_type());
+              name_of(other.tensor.scalar_type()), "; expected the dtype of ", first.name, ", ",
+              name_of(first.tensor.scalar_type()));
   }
 }
 
 void Checks::supported(Arg first, const AttentionShape* shape) const {
   const std::optional<DType> dtype = find_dtype(first.tensor.scalar_type());
-  NSA_CHECK(dtype.has_value(), first.name, " has dtype ", first.tensor.scalar_type(), "; allowed are ",
-            dtype_names(~0u));
+  NSA_CHECK(dtype.has_value(), first.name, " has dtype ", name_of(first.tensor.scalar_type()),
+            "; allowed are ", names_of(~0u));
   const c10::DeviceType device = first.tensor.device().type();
   if (device == c10::kMeta) return;  // stands for any device
   unsigned dtypes = 0;
@@ -111,29 +118,30 @@ void Checks::supported(Arg first, const AttentionShape* shape) const {
   }
   NSA_CHECK(dtypes != 0, first.name, " is on device ", first.tensor.device(),
             ", which has no kernel; nsa_ext.support_matrix() lists what runs where");
-  NSA_CHECK(dtypes & bit(*dtype), first.name, " has dtype ", kDTypeNames[static_cast<int>(*dtype)], "; on device ",
-            first.tensor.device(), " allowed are ", dtype_names(dtypes), " (nsa_ext.support_matrix())");
+  NSA_CHECK(dtypes & bit(*dtype), first.name, " has dtype ", name_of(first.tensor.scalar_type()),
+            "; on device ", first.tensor.device(), " allowed are ", names_of(dtypes),
+            " (nsa_ext.support_matrix())");
   NSA_CHECK(false, "head dims (Dk, Dv) = (", shape->head_dim_qk, ", ", shape->head_dim_v, ") of ", first.name,
             " have no kernel on device ", first.tensor.device(), "; there is one for", head_dims,
             " (nsa_ext.support_matrix())");
 }
 
 void Checks::dim(Arg arg, int64_t rank, const char* layout) const {
-  NSA_CHECK(arg.tensor.defined() && arg.tensor.layout() == c10::kStrided, arg.name, " must be a dense tensor ",
-            layout);
+  NSA_CHECK(arg.tensor.defined() && arg.tensor.layout() == c10::kStrided, arg.name,
+            " must be a dense tensor ", layout);
   NSA_CHECK(arg.tensor.dim() == rank, arg.name, " has shape ", arg.tensor.sym_sizes(), "; expected ", layout);
 }
 
 void Checks::shape(Arg arg, std::initializer_list<c10::SymInt> expected, const char* layout) const {
   dim(arg, static_cast<int64_t>(expected.size()), layout);
   const c10::SymIntArrayRef sizes = arg.tensor.sym_sizes();
-  NSA_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), may_be_equal), arg.name, " has shape ", sizes,
-            "; expected ", layout, " = ", c10::SymIntArrayRef(expected));
+  NSA_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), may_be_equal), arg.name, " has shape ",
+            sizes, "; expected ", layout, " = ", c10::SymIntArrayRef(expected));
 }
 
-void Checks::dtype(Arg arg, std::initializer_list<at::ScalarType> allowed) const {
-  NSA_CHECK(std::find(allowed.begin(), allowed.end(), arg.tensor.scalar_type()) != allowed.end(), arg.name,
-            " has dtype ", arg.tensor.scalar_type(), "; allowed: ", c10::ArrayRef<at::ScalarType>(allowed));
+void Checks::dtype(Arg arg, at::ScalarType allowed) const {
+  NSA_CHECK(arg.tensor.scalar_type() == allowed, arg.name, " has dtype ", name_of(arg.tensor.scalar_type()),
+            "; expected ", name_of(allowed));
 }
 
 void Checks::device(Arg arg, c10::Device expected) const {
@@ -143,13 +151,13 @@ void Checks::device(Arg arg, c10::Device expected) const {
 
 void Checks::lse(Arg lse, const at::Tensor& q) const {
   shape(lse, {q.sym_size(0), q.sym_size(1)}, "[T, Hq]");
-  dtype(lse, {acc_dtype(q.scalar_type())});
+  dtype(lse, acc_dtype(q.scalar_type()));
   device(lse, q.device());
 }
 
 void Checks::like_output(Arg o, const at::Tensor& q, int64_t head_dim_v) const {
   shape(o, {q.sym_size(0), q.sym_size(1), head_dim_v}, "[T, Hq, Dv]");
-  dtype(o, {q.scalar_type()});
+  dtype(o, q.scalar_type());
   device(o, q.device());
 }
 
@@ -157,30 +165,32 @@ void Checks::block_indices(Arg indices, const at::Tensor& q, const AttentionShap
   dim(indices, 3, "[T, Hkv, n]");
   const int num_selected = concrete_size(indices.tensor, 2);
   this->shape(indices, {q.sym_size(0), shape.num_heads_kv, num_selected}, "[T, Hkv, n]");
-  dtype(indices, {at::kInt});
+  dtype(indices, at::kInt);
   device(indices, q.device());
 }
 
 void Checks::gate_logits(Arg logits, const at::Tensor& o) const {
   shape(logits, {o.sym_size(0), o.sym_size(1), kNumBranches}, "[T, Hq, 3]");
-  dtype(logits, {o.scalar_type(), acc_dtype(o.scalar_type())});
+  if (logits.tensor.scalar_type() != o.scalar_type()) dtype(logits, acc_dtype(o.scalar_type()));
   device(logits, o.device());
 }
 
 void Checks::at_least(const char* name, int64_t value, int64_t least) const {
   constexpr int64_t kMost = 1 << 30;
-  NSA_CHECK(value >= least && value <= kMost, name, " = ", value, "; expected a number from ", least, " to ", kMost);
+  NSA_CHECK(value >= least && value <= kMost, name, " = ", value, "; expected a number from ", least, " to ",
+            kMost);
 }
 
-void Checks::finite(const char* name, double value) const {
-  NSA_CHECK(std::isfinite(value), name, " = ", value, "; expected a finite number");
+void Checks::positive(const char* name, double value) const {
+  NSA_CHECK(std::isfinite(value) && value > 0, name, " = ", value, "; expected a finite number above 0");
 }
 
-void Checks::compression(const char* block_name, int64_t block_size, const char* stride_name, int64_t stride) const {
+void Checks::compression(const char* block_name, int64_t block_size, const char* stride_name,
+                         int64_t stride) const {
   at_least(block_name, block_size, 1);
   at_least(stride_name, stride, 1);
-  NSA_CHECK(block_size % stride == 0, stride_name, " = ", stride, " does not divide ", block_name, " = ", block_size,
-            "; expected a divisor of it");
+  NSA_CHECK(block_size % stride == 0, stride_name, " = ", stride, " does not divide ", block_name, " = ",
+            block_size, "; expected a divisor of it");
 }
 
 void Checks::selection_block(int64_t block_size, int64_t compress_stride) const {
@@ -202,7 +212,7 @@ void Checks::offsets(const char* name, const at::Tensor& cu_seqlens, c10::Device
   const Arg arg{name, cu_seqlens};
   dim(arg, 1, "[B + 1]");
   NSA_CHECK(may_be_at_most(1, cu_seqlens.sym_size(0)), name, " is empty; expected [B + 1] offsets");
-  dtype(arg, {at::kInt});
+  dtype(arg, at::kInt);
   this->device(arg, device);
 }
 
@@ -224,11 +234,14 @@ void Checks::offset_values(const char* name, const at::Tensor& cu_seqlens, const
 }
 
 void Checks::sequences(const at::Tensor& q, const SequenceArgs& args) const {
-  NSA_CHECK(may_be_at_most(0, args.max_seqlen_q), "max_seqlen_q = ", args.max_seqlen_q, "; expected at least 0");
-  NSA_CHECK(may_be_at_most(0, args.max_seqlen_k), "max_seqlen_k = ", args.max_seqlen_k, "; expected at least 0");
+  NSA_CHECK(may_be_at_most(0, args.max_seqlen_q), "max_seqlen_q = ", args.max_seqlen_q,
+            "; expected at least 0");
+  NSA_CHECK(may_be_at_most(0, args.max_seqlen_k), "max_seqlen_k = ", args.max_seqlen_k,
+            "; expected at least 0");
   NSA_CHECK(args.cu_seqlens_q.has_value() == args.cu_seqlens_k.has_value(),
             args.cu_seqlens_q.has_value() ? "cu_seqlens_k" : "cu_seqlens_q", " is None but ",
-            args.cu_seqlens_q.has_value() ? "cu_seqlens_q" : "cu_seqlens_k", " is not; expected both or neither");
+            args.cu_seqlens_q.has_value() ? "cu_seqlens_q" : "cu_seqlens_k",
+            " is not; expected both or neither");
   if (!args.cu_seqlens_q.has_value()) {
     NSA_CHECK(may_be_at_most(q.sym_size(0), args.max_seqlen_q), "max_seqlen_q = ", args.max_seqlen_q,
               "; without cu_seqlens_q expected at least the ", q.sym_size(0), " rows of q");
@@ -270,17 +283,18 @@ void Checks::key_rows(Arg k, const SequenceArgs& args, KeyBlocks keys) const {
   for (int64_t b = 0; b + 1 < contiguous.numel(); ++b) {
     const int64_t count = keys.count(offsets[b + 1] - offsets[b]);
     const int64_t end = keys.first_row(offsets[b]) + count;
-    NSA_CHECK(count == 0 || end <= *rows, k.name, " has ", *rows, " rows; sequence ", b, " of cu_seqlens_k, tokens ",
-              offsets[b], " to ", offsets[b + 1], ", needs at least ", end);
+    NSA_CHECK(count == 0 || end <= *rows, k.name, " has ", *rows, " rows; sequence ", b,
+              " of cu_seqlens_k, tokens ", offsets[b], " to ", offsets[b + 1], ", needs at least ", end);
   }
 }
 
-void Checks::token_sequences(Arg x, const std::optional<at::Tensor>& cu_seqlens, const c10::SymInt& max_seqlen) const {
+void Checks::token_sequences(Arg x, const std::optional<at::Tensor>& cu_seqlens,
+                             const c10::SymInt& max_seqlen) const {
   const c10::SymInt rows = x.tensor.sym_size(0);
   NSA_CHECK(may_be_at_most(0, max_seqlen), "max_seqlen = ", max_seqlen, "; expected at least 0");
   if (!cu_seqlens.has_value()) {
-    NSA_CHECK(may_be_at_most(max_seqlen, rows), "max_seqlen = ", max_seqlen, "; without cu_seqlens expected at most the ",
-              rows, " rows of ", x.name);
+    NSA_CHECK(may_be_at_most(max_seqlen, rows), "max_seqlen = ", max_seqlen,
+              "; without cu_seqlens expected at most the ", rows, " rows of ", x.name);
     return;
   }
   offsets("cu_seqlens", *cu_seqlens, x.tensor.device());

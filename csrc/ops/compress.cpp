@@ -63,9 +63,10 @@ Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, c
   phi.hidden_size = phi.head_dim;
   for (size_t i = 0; i < kNumParameters; ++i) {
     const Tensor& parameter = parameters[i];
-    TORCH_CHECK_VALUE(parameter.defined() ? presence[i] != kAbsent : presence[i] != kRequired, "nsa::", kForward,
-                      ": ", kParameterNames[i], parameter.defined() ? " is given" : " is None", "; kind = \"", kind,
-                      "\" ", parameter.defined() ? "has no such parameter" : "needs it");
+    TORCH_CHECK_VALUE(parameter.defined() ? presence[i] != kAbsent : presence[i] != kRequired,
+                      "nsa::", kForward, ": ", kParameterNames[i],
+                      parameter.defined() ? " is given" : " is None", "; kind = \"", kind, "\" ",
+                      parameter.defined() ? "has no such parameter" : "needs it");
   }
   if (const Tensor& w1 = parameters[1]; w1.defined()) {
     checks.dim({"w1", w1}, 3, "[h, block_size * D, F]");
@@ -74,7 +75,8 @@ Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, c
                       "; its leading dimension must be 1 or the number of heads of x, ", phi.num_heads);
     heads = h;
     phi.per_head = h != 1;
-    if (phi.kind == CompressKind::kMlp) phi.hidden_size = static_cast<int>(w1.sym_size(2).guard_int(__FILE__, __LINE__));
+    if (phi.kind == CompressKind::kMlp)
+      phi.hidden_size = static_cast<int>(w1.sym_size(2).guard_int(__FILE__, __LINE__));
     checks.at_least("hidden size of w1", phi.hidden_size, 1);
   }
   const SymInt l = block_size, D = phi.head_dim, F = phi.hidden_size;
@@ -84,7 +86,8 @@ Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, c
     checks.alike({"x", x}, {{kParameterNames[i], parameters[i]}});
   };
   check_shape(0, {heads, l, D}, "[h, block_size, D]");
-  check_shape(1, {heads, l * D, F}, phi.kind == CompressKind::kMlp ? "[h, block_size * D, F]" : "[h, block_size * D, D]");
+  check_shape(1, {heads, l * D, F},
+              phi.kind == CompressKind::kMlp ? "[h, block_size * D, F]" : "[h, block_size * D, D]");
   check_shape(2, {heads, F}, phi.kind == CompressKind::kMlp ? "[h, F]" : "[h, D]");
   check_shape(3, {heads, F, D}, "[h, F, D]");
   check_shape(4, {heads, D}, "[h, D]");
@@ -95,7 +98,7 @@ SymInt num_rows(const Tensor& x, int64_t stride) { return x.sym_size(0) / stride
 
 // The parameters of a launch, with the tensors behind their pointers.
 struct Prepared {
-  Tensor x, cu_seqlens;
+  Tensor x, cu_seqlens, workspace;
   Parameters parameters;
   CompressFwdParams params{};
 
@@ -118,7 +121,14 @@ struct Prepared {
     params.b1 = const_pointer(parameters[2]);
     params.w2 = const_pointer(parameters[3]);
     params.b2 = const_pointer(parameters[4]);
+    params.num_rows = x.size(0) / phi.blocks.stride;
+    if (x.is_cuda()) {
+      const int64_t heads = phi.per_head ? phi.num_heads : 1;
+      workspace = at::empty({heads, phi.hidden_size}, x.options().dtype(at::kFloat));
+      params.workspace = workspace.mutable_data_ptr();
+    }
     SequenceBatch& seqs = params.seqs;
+    seqs.key_rows = x.size(0);
     seqs.total_q = seqs.max_seqlen_q = seqs.max_seqlen_k = max_seqlen.expect_int();
     if (!cu_seqlens_.has_value()) return;
     cu_seqlens = cu_seqlens_->contiguous();
@@ -133,8 +143,8 @@ struct Compress : torch::autograd::Function<Compress> {
 
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const OptTensor& pe,
                         const OptTensor& w1, const OptTensor& b1, const OptTensor& w2, const OptTensor& b2,
-                        const OptTensor& cu_seqlens, const SymInt& max_seqlen, int64_t block_size, int64_t stride,
-                        std::string_view kind) {
+                        const OptTensor& cu_seqlens, const SymInt& max_seqlen, int64_t block_size,
+                        int64_t stride, std::string_view kind) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({x, or_undefined(pe), or_undefined(w1), or_undefined(b1), or_undefined(w2),
                             or_undefined(b2), or_undefined(cu_seqlens)});
@@ -153,11 +163,11 @@ struct Compress : torch::autograd::Function<Compress> {
     GradMask<kNumTensors> mask{};
     size_t edge = 0;  // absent parameters have none
     for (size_t i = 0; i < kNumTensors; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
-    auto grads = compress_backward(
-        d_outputs[0], saved[0], or_none(saved[1]), or_none(saved[2]), or_none(saved[3]), or_none(saved[4]),
-        or_none(saved[5]), or_none(saved[6]), ctx->saved_data["max_seqlen"].toSymInt(),
-        ctx->saved_data["block_size"].toInt(), ctx->saved_data["stride"].toInt(),
-        ctx->saved_data["kind"].toStringView(), mask);
+    auto grads =
+        compress_backward(d_outputs[0], saved[0], or_none(saved[1]), or_none(saved[2]), or_none(saved[3]),
+                          or_none(saved[4]), or_none(saved[5]), or_none(saved[6]),
+                          ctx->saved_data["max_seqlen"].toSymInt(), ctx->saved_data["block_size"].toInt(),
+                          ctx->saved_data["stride"].toInt(), ctx->saved_data["kind"].toStringView(), mask);
     return input_gradients(to_array(std::move(grads)), mask, kNumInputs);
   }
 };
@@ -166,9 +176,9 @@ struct Compress : torch::autograd::Function<Compress> {
 
 namespace kernels {
 
-Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
-                const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size,
-                int64_t stride, std::string_view kind) {
+Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1,
+                const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
+                int64_t block_size, int64_t stride, std::string_view kind) {
   const Parameters given = parameters(pe, w1, b1, w2, b2);
   const Phi phi =
       check(Checks(kForward, kForward), x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
@@ -182,9 +192,9 @@ Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const
 }
 
 Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor& pe, const OptTensor& w1,
-                          const OptTensor& b1, const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens,
-                          SymInt max_seqlen, int64_t block_size, int64_t stride, std::string_view kind,
-                          GradMask<6> grad_mask) {
+                          const OptTensor& b1, const OptTensor& w2, const OptTensor& b2,
+                          const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size, int64_t stride,
+                          std::string_view kind, GradMask<6> grad_mask) {
   const Parameters given = parameters(pe, w1, b1, w2, b2);
   const Checks checks(kBackward, kForward);
   const Phi phi = check(checks, x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
@@ -222,21 +232,21 @@ Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor&
 
 namespace autograd {
 
-Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
-                const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size,
-                int64_t stride, std::string_view kind) {
+Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1,
+                const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
+                int64_t block_size, int64_t stride, std::string_view kind) {
   return Compress::apply(x, pe, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, stride, kind);
 }
 
 Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor& pe, const OptTensor& w1,
-                          const OptTensor& b1, const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens,
-                          SymInt max_seqlen, int64_t block_size, int64_t stride, std::string_view kind,
-                          GradMask<6> grad_mask) {
-  return once_differentiable(kBackward,
-                             {d_out, x, or_undefined(pe), or_undefined(w1), or_undefined(b1), or_undefined(w2),
-                              or_undefined(b2)},
-                             ops::compress_backward, d_out, x, pe, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size,
-                             stride, kind, grad_mask);
+                          const OptTensor& b1, const OptTensor& w2, const OptTensor& b2,
+                          const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size, int64_t stride,
+                          std::string_view kind, GradMask<6> grad_mask) {
+  return once_differentiable(
+      kBackward,
+      {d_out, x, or_undefined(pe), or_undefined(w1), or_undefined(b1), or_undefined(w2), or_undefined(b2)},
+      ops::compress_backward, d_out, x, pe, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, stride, kind,
+      grad_mask);
 }
 
 }  // namespace autograd

@@ -8,8 +8,8 @@
 
 namespace nsa::ops {
 
-void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits, int64_t num_rows,
-                     const at::Tensor& o) {
+void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits,
+                     int64_t num_rows, const at::Tensor& o, const int32_t* end_token) {
   if (num_rows == 0) return;
   const at::Tensor gates = gate_logits.contiguous();
   const BranchTensors branches{o_branch[0].contiguous(), o_branch[1].contiguous(), o_branch[2].contiguous()};
@@ -17,6 +17,8 @@ void combine_forward(const char* op, const BranchTensors& o_branch, const at::Te
   params.dtype = dtype_of(o);
   params.gate_dtype = dtype_of(gates);
   params.num_rows = num_rows * o.size(1);
+  params.num_heads = static_cast<int>(o.size(1));
+  params.end_token = end_token;
   params.head_dim_v = static_cast<int>(o.size(2));
   for (int b = 0; b < kNumBranches; ++b) params.o_branch[b] = branches[b].const_data_ptr();
   params.gate_logits = gates.const_data_ptr();
@@ -92,18 +94,21 @@ struct GatedCombine : torch::autograd::Function<GatedCombine> {
 
 namespace kernels {
 
-Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa, const Tensor& gate_logits) {
+Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
+                     const Tensor& gate_logits) {
   check(Checks(kForward, kForward), o_cmp, o_slc, o_swa, gate_logits);
   const Tensor o = at::empty_symint(o_cmp.sym_sizes(), o_cmp.options());
-  if (!o.is_meta() && o.numel() != 0) combine_forward(kForward, {o_cmp, o_slc, o_swa}, gate_logits, o.size(0), o);
+  if (!o.is_meta() && o.numel() != 0)
+    combine_forward(kForward, {o_cmp, o_slc, o_swa}, gate_logits, o.size(0), o);
   return o;
 }
 
-Tensor4 gated_combine_backward(const Tensor& d_o, const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
-                               const Tensor& gate_logits, GradMask<4> grad_mask) {
+Tensor4 gated_combine_backward(const Tensor& d_o, const Tensor& o_cmp, const Tensor& o_slc,
+                               const Tensor& o_swa, const Tensor& gate_logits, GradMask<4> grad_mask) {
   const Checks checks(kBackward, kForward);
   check(checks, o_cmp, o_slc, o_swa, gate_logits);
-  checks.shape({"d_o", d_o}, {o_cmp.sym_size(0), o_cmp.sym_size(1), o_cmp.sym_size(2)}, "[T, Hq, Dv] of o_cmp");
+  checks.shape({"d_o", d_o}, {o_cmp.sym_size(0), o_cmp.sym_size(1), o_cmp.sym_size(2)},
+               "[T, Hq, Dv] of o_cmp");
   checks.alike({"o_cmp", o_cmp}, {{"d_o", d_o}});
 
   const Tensor d_o_cmp = empty_if(grad_mask[0], o_cmp), d_o_slc = empty_if(grad_mask[1], o_slc);
@@ -122,14 +127,15 @@ Tensor4 gated_combine_backward(const Tensor& d_o, const Tensor& o_cmp, const Ten
 
 namespace autograd {
 
-Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa, const Tensor& gate_logits) {
+Tensor gated_combine(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
+                     const Tensor& gate_logits) {
   return GatedCombine::apply(o_cmp, o_slc, o_swa, gate_logits);
 }
 
-Tensor4 gated_combine_backward(const Tensor& d_o, const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
-                               const Tensor& gate_logits, GradMask<4> grad_mask) {
-  return once_differentiable(kBackward, {d_o, o_cmp, o_slc, o_swa, gate_logits}, ops::gated_combine_backward, d_o,
-                             o_cmp, o_slc, o_swa, gate_logits, grad_mask);
+Tensor4 gated_combine_backward(const Tensor& d_o, const Tensor& o_cmp, const Tensor& o_slc,
+                               const Tensor& o_swa, const Tensor& gate_logits, GradMask<4> grad_mask) {
+  return once_differentiable(kBackward, {d_o, o_cmp, o_slc, o_swa, gate_logits}, ops::gated_combine_backward,
+                             d_o, o_cmp, o_slc, o_swa, gate_logits, grad_mask);
 }
 
 }  // namespace autograd

@@ -4,14 +4,14 @@
 #include "ops/ops.h"
 
 #define CU "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-#define BRANCHES                                                                                             \
-  "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_swa, Tensor v_swa, "           \
+#define BRANCHES                                                                                   \
+  "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_swa, Tensor v_swa, " \
   "Tensor gate_logits, "
-#define CONFIG                                                                                               \
-  "int compress_block_size, int compress_stride, int block_size, int num_selected_blocks, "                  \
+#define CONFIG                                                                              \
+  "int compress_block_size, int compress_stride, int block_size, int num_selected_blocks, " \
   "int num_initial_blocks, int num_local_blocks, int window_size, float softmax_scale"
-#define PHI                                                                                                  \
-  "Tensor x, Tensor? pe, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? cu_seqlens, "               \
+#define PHI                                                                                    \
+  "Tensor x, Tensor? pe, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? cu_seqlens, " \
   "SymInt max_seqlen, int block_size, int stride, str kind"
 
 TORCH_LIBRARY(nsa, m) {
@@ -38,32 +38,40 @@ TORCH_LIBRARY(nsa, m) {
   // An unwanted gradient comes back as an empty tensor of shape [0].
   define("compress_backward(Tensor d_out, " PHI
          ", bool[6] grad_mask) -> (Tensor dx, Tensor dpe, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
-  define("compressed_attention_backward(Tensor d_o, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor o, Tensor lse, " CU
-         "int compress_block_size, int compress_stride, float softmax_scale, bool[3] grad_mask) "
-         "-> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp)");
-  define("selected_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-         "Tensor block_indices, " CU "int block_size, float softmax_scale, bool[3] grad_mask) "
-         "-> (Tensor dq, Tensor dk, Tensor dv)");
-  define("sliding_window_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, " CU
-         "int window_size, float softmax_scale, bool[3] grad_mask) -> (Tensor dq, Tensor dk, Tensor dv)");
-  define("gated_combine_backward(Tensor d_o, Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor gate_logits, "
-         "bool[4] grad_mask) -> (Tensor d_o_cmp, Tensor d_o_slc, Tensor d_o_swa, Tensor d_gate_logits)");
+  define(
+      "compressed_attention_backward(Tensor d_o, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor o, Tensor "
+      "lse, " CU
+      "int compress_block_size, int compress_stride, float softmax_scale, bool[3] grad_mask) "
+      "-> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp)");
+  define(
+      "selected_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+      "Tensor block_indices, " CU
+      "int block_size, float softmax_scale, bool[3] grad_mask) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+  define(
+      "sliding_window_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, " CU
+      "int window_size, float softmax_scale, bool[3] grad_mask) -> (Tensor dq, Tensor dk, Tensor dv)");
+  define(
+      "gated_combine_backward(Tensor d_o, Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor gate_logits, "
+      "bool[4] grad_mask) -> (Tensor d_o_cmp, Tensor d_o_slc, Tensor d_o_swa, Tensor d_gate_logits)");
   define("attention_backward(Tensor d_o, " BRANCHES
          "Tensor block_indices, Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor lse_cmp, Tensor lse_slc, "
-         "Tensor lse_swa, " CU CONFIG ", bool[8] grad_mask) "
+         "Tensor lse_swa, " CU CONFIG
+         ", bool[8] grad_mask) "
          "-> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_slc, Tensor dv_slc, Tensor dk_swa, "
          "Tensor dv_swa, Tensor d_gate_logits)");
 }
 
-// A kernel's checks and allocations see only shapes, so it is its own Meta kernel; launch_device.h tells devices apart.
+// A kernel's checks and allocations see only shapes, so it is its own Meta kernel; launch_device.h tells
+// devices apart.
 #define IMPL_KERNEL(name, Fn) m.impl(#name, &nsa::ops::kernels::name);
-TORCH_LIBRARY_IMPL(nsa, CPU, m) { NSA_FOR_EACH_OPERATOR(IMPL_KERNEL) }
-TORCH_LIBRARY_IMPL(nsa, CUDA, m) { NSA_FOR_EACH_OPERATOR(IMPL_KERNEL) }
-TORCH_LIBRARY_IMPL(nsa, Meta, m) { NSA_FOR_EACH_OPERATOR(IMPL_KERNEL) }
-
+TORCH_LIBRARY_IMPL(nsa, CPU, m){NSA_FOR_EACH_OPERATOR(IMPL_KERNEL)} TORCH_LIBRARY_IMPL(nsa, CUDA, m){
+    NSA_FOR_EACH_OPERATOR(IMPL_KERNEL)} TORCH_LIBRARY_IMPL(nsa, Meta, m){NSA_FOR_EACH_OPERATOR(IMPL_KERNEL)}
 #define IMPL_AUTOGRAD(name, Fn) m.impl(#name, &nsa::ops::autograd::name);
-TORCH_LIBRARY_IMPL(nsa, Autograd, m) { NSA_FOR_EACH_OPERATOR(IMPL_AUTOGRAD) }
+TORCH_LIBRARY_IMPL(nsa, Autograd, m){NSA_FOR_EACH_OPERATOR(IMPL_AUTOGRAD)}
 
 #define IMPL_AUTOCAST(name, Fn) m.impl(#name, &nsa::ops::autocast::name);
-TORCH_LIBRARY_IMPL(nsa, AutocastCPU, m) { NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST) }
-TORCH_LIBRARY_IMPL(nsa, AutocastCUDA, m) { NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST) }
+TORCH_LIBRARY_IMPL(nsa, AutocastCPU,
+                   m){NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST)} TORCH_LIBRARY_IMPL(nsa, AutocastCUDA, m) {
+  NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST)
+}

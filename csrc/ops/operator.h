@@ -1,4 +1,5 @@
-// A callable for a registered operator: the C++ way into torch.ops.nsa.*, through autocast, autograd and the device.
+// A callable for a registered operator: the C++ way into torch.ops.nsa.*, through autocast, autograd and the
+// device.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

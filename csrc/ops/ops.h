@@ -1,4 +1,5 @@
-// Every operator of torch.ops.nsa: its signature, and what is registered for it. The schemas are in library.cpp.
+// Every operator of torch.ops.nsa: its signature, and what is registered for it. The schemas are in
+// library.cpp.
 //
 // For each operator `name` there is
 //   nsa::ops::name            the operator itself, to call from C++
@@ -33,114 +34,121 @@ using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 using CompressFn = Tensor(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1,
-                          const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
-                          int64_t block_size, int64_t stride, std::string_view kind);
-using CompressBackwardFn = Tensor6(const Tensor& d_out, const Tensor& x, const OptTensor& pe, const OptTensor& w1,
-                                   const OptTensor& b1, const OptTensor& w2, const OptTensor& b2,
-                                   const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size, int64_t stride,
-                                   std::string_view kind, GradMask<6> grad_mask);
+                          const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens,
+                          SymInt max_seqlen, int64_t block_size, int64_t stride, std::string_view kind);
+using CompressBackwardFn = Tensor6(const Tensor& d_out, const Tensor& x, const OptTensor& pe,
+                                   const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
+                                   const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
+                                   int64_t block_size, int64_t stride, std::string_view kind,
+                                   GradMask<6> grad_mask);
 
 using CompressedAttentionFn = Tensor2(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
-                                      const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                                      SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
-                                      double softmax_scale);
+                                      const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                      SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                                      int64_t compress_stride, double softmax_scale);
 using CompressedAttentionBackwardFn = Tensor3(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp,
                                               const Tensor& v_cmp, const Tensor& o, const Tensor& lse,
                                               const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
-                                              SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
-                                              int64_t compress_stride, double softmax_scale, GradMask<3> grad_mask);
+                                              SymInt max_seqlen_q, SymInt max_seqlen_k,
+                                              int64_t compress_block_size, int64_t compress_stride,
+                                              double softmax_scale, GradMask<3> grad_mask);
 
 using SlidingWindowAttentionFn = Tensor2(const Tensor& q, const Tensor& k, const Tensor& v,
                                          const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
                                          SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t window_size,
                                          double softmax_scale);
-using SlidingWindowAttentionBackwardFn = Tensor3(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& o, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                                                 const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                                                 SymInt max_seqlen_k, int64_t window_size, double softmax_scale,
+using SlidingWindowAttentionBackwardFn = Tensor3(const Tensor& d_o, const Tensor& q, const Tensor& k,
+                                                 const Tensor& v, const Tensor& o, const Tensor& lse,
+                                                 const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                                 SymInt max_seqlen_q, SymInt max_seqlen_k,
+                                                 int64_t window_size, double softmax_scale,
                                                  GradMask<3> grad_mask);
 
-using BlockScoresFn = Tensor(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                             const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                             int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                             double softmax_scale);
-using SelectBlocksFn = Tensor(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const OptTensor& cu_seqlens_q,
-                              const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                              int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                              int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                              double softmax_scale);
+using BlockScoresFn = Tensor(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
+                             const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                             SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                             int64_t compress_stride, int64_t block_size, double softmax_scale);
+using SelectBlocksFn = Tensor(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
+                              const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                              SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                              int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks,
+                              int64_t num_initial_blocks, int64_t num_local_blocks, double softmax_scale);
 
-using SelectedAttentionFn = Tensor2(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_indices,
-                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                                    SymInt max_seqlen_k, int64_t block_size, double softmax_scale);
-using SelectedAttentionBackwardFn = Tensor3(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& o, const Tensor& lse, const Tensor& block_indices,
-                                            const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
-                                            SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size,
-                                            double softmax_scale, GradMask<3> grad_mask);
+using SelectedAttentionFn = Tensor2(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& block_indices, const OptTensor& cu_seqlens_q,
+                                    const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                                    int64_t block_size, double softmax_scale);
+using SelectedAttentionBackwardFn = Tensor3(const Tensor& d_o, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& o, const Tensor& lse,
+                                            const Tensor& block_indices, const OptTensor& cu_seqlens_q,
+                                            const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
+                                            SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
+                                            GradMask<3> grad_mask);
 
-using GatedCombineFn = Tensor(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa, const Tensor& gate_logits);
+using GatedCombineFn = Tensor(const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
+                              const Tensor& gate_logits);
 using GatedCombineBackwardFn = Tensor4(const Tensor& d_o, const Tensor& o_cmp, const Tensor& o_slc,
                                        const Tensor& o_swa, const Tensor& gate_logits, GradMask<4> grad_mask);
 
 using AttentionFn = Tensor2(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
-                            const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
-                            const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                            SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
-                            int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
-                            int64_t num_local_blocks, int64_t window_size, double softmax_scale);
+                            const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
+                            const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
+                            const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
+                            int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                            int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                            int64_t window_size, double softmax_scale);
 // (o, block_indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa)
-using AttentionForwardFn = Tensor8(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
-                                   const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
-                                   const Tensor& gate_logits, const OptTensor& cu_seqlens_q,
-                                   const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                   int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                                   int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                                   int64_t window_size, double softmax_scale);
+using AttentionForwardFn = Tensor8(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
+                                   const Tensor& k_slc, const Tensor& v_slc, const Tensor& k_swa,
+                                   const Tensor& v_swa, const Tensor& gate_logits,
+                                   const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                   SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+                                   int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks,
+                                   int64_t num_initial_blocks, int64_t num_local_blocks, int64_t window_size,
+                                   double softmax_scale);
 // (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_swa, dv_swa, d_gate_logits)
-using AttentionBackwardFn = Tensor8(const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp,
-                                    const Tensor& k_slc, const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa,
-                                    const Tensor& gate_logits, const Tensor& block_indices, const Tensor& o_cmp,
-                                    const Tensor& o_slc, const Tensor& o_swa, const Tensor& lse_cmp,
-                                    const Tensor& lse_slc, const Tensor& lse_swa, const OptTensor& cu_seqlens_q,
-                                    const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,
-                                    int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
-                                    int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
-                                    int64_t window_size, double softmax_scale, GradMask<8> grad_mask);
+using AttentionBackwardFn = Tensor8(
+    const Tensor& d_o, const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
+    const Tensor& v_slc, const Tensor& k_swa, const Tensor& v_swa, const Tensor& gate_logits,
+    const Tensor& block_indices, const Tensor& o_cmp, const Tensor& o_slc, const Tensor& o_swa,
+    const Tensor& lse_cmp, const Tensor& lse_slc, const Tensor& lse_swa, const OptTensor& cu_seqlens_q,
+    const OptTensor& cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t compress_block_size,
+    int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
+    int64_t num_local_blocks, int64_t window_size, double softmax_scale, GradMask<8> grad_mask);
 
-#define NSA_FOR_EACH_FORWARD_OPERATOR(X)                      \
-  X(compress, CompressFn)                                     \
-  X(compressed_attention, CompressedAttentionFn)              \
-  X(block_scores, BlockScoresFn)                              \
-  X(select_blocks, SelectBlocksFn)                            \
-  X(selected_attention, SelectedAttentionFn)                  \
-  X(sliding_window_attention, SlidingWindowAttentionFn)       \
-  X(gated_combine, GatedCombineFn)                            \
-  X(attention, AttentionFn)                                   \
+#define NSA_FOR_EACH_FORWARD_OPERATOR(X)                \
+  X(compress, CompressFn)                               \
+  X(compressed_attention, CompressedAttentionFn)        \
+  X(block_scores, BlockScoresFn)                        \
+  X(select_blocks, SelectBlocksFn)                      \
+  X(selected_attention, SelectedAttentionFn)            \
+  X(sliding_window_attention, SlidingWindowAttentionFn) \
+  X(gated_combine, GatedCombineFn)                      \
+  X(attention, AttentionFn)                             \
   X(attention_forward, AttentionForwardFn)
 
-#define NSA_FOR_EACH_BACKWARD_OPERATOR(X)                                   \
-  X(compress_backward, CompressBackwardFn)                                  \
-  X(compressed_attention_backward, CompressedAttentionBackwardFn)           \
-  X(selected_attention_backward, SelectedAttentionBackwardFn)               \
-  X(sliding_window_attention_backward, SlidingWindowAttentionBackwardFn)    \
-  X(gated_combine_backward, GatedCombineBackwardFn)                         \
+#define NSA_FOR_EACH_BACKWARD_OPERATOR(X)                                \
+  X(compress_backward, CompressBackwardFn)                               \
+  X(compressed_attention_backward, CompressedAttentionBackwardFn)        \
+  X(selected_attention_backward, SelectedAttentionBackwardFn)            \
+  X(sliding_window_attention_backward, SlidingWindowAttentionBackwardFn) \
+  X(gated_combine_backward, GatedCombineBackwardFn)                      \
   X(attention_backward, AttentionBackwardFn)
 
 #define NSA_FOR_EACH_OPERATOR(X)   \
   NSA_FOR_EACH_FORWARD_OPERATOR(X) \
   NSA_FOR_EACH_BACKWARD_OPERATOR(X)
 
-#define NSA_DECLARE_OPERATOR(name, Fn)                   \
-  struct name##_tag {                                    \
-    static constexpr const char* kName = "nsa::" #name;  \
-  };                                                     \
-  inline constexpr Operator<name##_tag, Fn> name;        \
-  namespace kernels {                                    \
-  Fn name;                                               \
-  }                                                      \
-  namespace autograd {                                   \
-  Fn name;                                               \
+#define NSA_DECLARE_OPERATOR(name, Fn)                  \
+  struct name##_tag {                                   \
+    static constexpr const char* kName = "nsa::" #name; \
+  };                                                    \
+  inline constexpr Operator<name##_tag, Fn> name;       \
+  namespace kernels {                                   \
+  Fn name;                                              \
+  }                                                     \
+  namespace autograd {                                  \
+  Fn name;                                              \
   }
 NSA_FOR_EACH_OPERATOR(NSA_DECLARE_OPERATOR)
 #undef NSA_DECLARE_OPERATOR

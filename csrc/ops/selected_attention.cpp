@@ -14,12 +14,13 @@ struct SelectedLaunch {
   at::Tensor k, v, block_indices;
   Params params;
 
-  SelectedLaunch(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, const at::Tensor& block_indices,
-                 int64_t block_size)
+  SelectedLaunch(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                 const at::Tensor& block_indices, int64_t block_size)
       : k(as_rows(k)),
         v(as_rows(v)),
         block_indices(block_indices.contiguous()),
         params(call.params<Params>()) {
+    params.seqs.key_rows = k.size(0);
     params.block_size = block_size;
     params.num_selected_blocks = static_cast<int>(block_indices.size(2));
     params.k = rows_view(this->k);
@@ -57,7 +58,7 @@ AttentionShape check(const Checks& checks, const Tensor& q, const Tensor& k, con
                      const Tensor& block_indices, const SequenceArgs& sequences, int64_t block_size,
                      double softmax_scale) {
   checks.at_least("block_size", block_size, 1);
-  checks.finite("softmax_scale", softmax_scale);
+  checks.positive("softmax_scale", softmax_scale);
   const AttentionShape shape = checks.attention({"q", q}, {"k", k}, {"v", v});
   checks.block_indices({"block_indices", block_indices}, q, shape);
   checks.sequences(q, sequences);
@@ -69,9 +70,10 @@ struct SelectedAttention : torch::autograd::Function<SelectedAttention> {
   static constexpr bool is_traceable = true;
 
   // lse, which is not differentiable, leaves through a pointer: autograd does not see it.
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Tensor& block_indices, const OptTensor& cu_q, const OptTensor& cu_k, const SymInt& max_q,
-                        const SymInt& max_k, int64_t block_size, double softmax_scale, Tensor* lse) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& block_indices, const OptTensor& cu_q,
+                        const OptTensor& cu_k, const SymInt& max_q, const SymInt& max_k, int64_t block_size,
+                        double softmax_scale, Tensor* lse) {
     Tensor o;
     std::tie(o, *lse) = below_autograd(selected_attention, q, k, v, block_indices, cu_q, cu_k, max_q, max_k,
                                        block_size, softmax_scale);
@@ -118,9 +120,9 @@ Tensor2 selected_attention(const Tensor& q, const Tensor& k, const Tensor& v, co
 
 Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Tensor& o, const Tensor& lse, const Tensor& block_indices,
-                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                                    SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
-                                    GradMask<3> grad_mask) {
+                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                    SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size,
+                                    double softmax_scale, GradMask<3> grad_mask) {
   const SequenceArgs sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const Checks checks(kBackward, kForward);
   const AttentionShape shape = check(checks, q, k, v, block_indices, sequences, block_size, softmax_scale);
@@ -150,19 +152,19 @@ Tensor2 selected_attention(const Tensor& q, const Tensor& k, const Tensor& v, co
                            const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
                            SymInt max_seqlen_k, int64_t block_size, double softmax_scale) {
   Tensor lse;
-  Tensor o = SelectedAttention::apply(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                      block_size, softmax_scale, &lse);
+  Tensor o = SelectedAttention::apply(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, block_size, softmax_scale, &lse);
   return {o, lse};
 }
 
 Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Tensor& o, const Tensor& lse, const Tensor& block_indices,
-                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, SymInt max_seqlen_q,
-                                    SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
-                                    GradMask<3> grad_mask) {
-  return once_differentiable(kBackward, {d_o, q, k, v, o, lse}, ops::selected_attention_backward, d_o, q, k, v, o, lse,
-                             block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
-                             softmax_scale, grad_mask);
+                                    const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                                    SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size,
+                                    double softmax_scale, GradMask<3> grad_mask) {
+  return once_differentiable(kBackward, {d_o, q, k, v, o, lse}, ops::selected_attention_backward, d_o, q, k,
+                             v, o, lse, block_indices, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                             block_size, softmax_scale, grad_mask);
 }
 
 }  // namespace autograd

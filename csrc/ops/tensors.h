@@ -29,8 +29,16 @@ inline std::optional<DType> find_dtype(at::ScalarType dtype) {
 
 inline DType dtype_of(const at::Tensor& t) { return *find_dtype(t.scalar_type()); }
 
-// The tensor itself if its last dim is contiguous, however the others are strided; else a copy.
-inline at::Tensor as_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+// The tensor itself if its last dim is contiguous, however the others are strided; else a copy. CUDA kernels
+// read 16 bytes at a time, so there every row has to begin on a multiple of that.
+inline at::Tensor as_rows(const at::Tensor& t) {
+  if (t.stride(-1) != 1 && t.size(-1) != 1) return t.contiguous();
+  if (!t.is_cuda()) return t;
+  const int64_t step = 16 / t.element_size();
+  const bool aligned = t.stride(0) % step == 0 && t.stride(1) % step == 0 &&
+                       reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
+}
 
 // A view of what as_rows returned, which must outlive it.
 inline RowsView rows_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
@@ -53,8 +61,9 @@ inline at::Tensor finished_gradient(const at::Tensor& accumulator, const at::Ten
 struct Batch {
   at::Tensor cu_seqlens_q, cu_seqlens_k;
   SequenceBatch seqs;
-  // Rows of q behind the last sequence, which no attention kernel writes, start here. Where the offsets are not on the
-  // host this is not known: rows_q = T and padding_begin = 0, so everything is filled and every row is visited.
+  // Rows of q behind the last sequence, which no attention kernel writes, start here. Where the offsets are
+  // not on the host this is not known: rows_q = T and padding_begin = 0, so everything is filled and every
+  // row is visited.
   int64_t rows_q = 0;
   int64_t padding_begin = 0;
 
@@ -73,15 +82,22 @@ inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
   batch.seqs.cu_seqlens_k = batch.cu_seqlens_k.const_data_ptr<int32_t>();
   batch.seqs.batch = batch.cu_seqlens_q.numel() - 1;
   batch.padding_begin = 0;
-  if (batch.cu_seqlens_q.is_cpu()) {
-    batch.rows_q = batch.padding_begin = batch.seqs.cu_seqlens_q[batch.seqs.batch];
+  if (!batch.cu_seqlens_q.is_cpu()) return batch;
+  batch.rows_q = batch.padding_begin = batch.seqs.cu_seqlens_q[batch.seqs.batch];
+  // Any upper bound is legal, but scratch memory follows it: use the true one where it is known.
+  batch.seqs.max_seqlen_q = batch.seqs.max_seqlen_k = 0;
+  for (int64_t b = 0; b < batch.seqs.batch; ++b) {
+    const Sequence sequence = batch.seqs.sequence(b);
+    batch.seqs.max_seqlen_q = max64(batch.seqs.max_seqlen_q, sequence.q_len);
+    batch.seqs.max_seqlen_k = max64(batch.seqs.max_seqlen_k, sequence.k_len);
   }
   return batch;
 }
 
 // Gives the rows behind the last sequence the value that the specification wants there.
 inline void fill_padding(const at::Tensor& t, const Batch& batch, double value) {
-  if (batch.padding_begin < t.size(0)) t.narrow(0, batch.padding_begin, t.size(0) - batch.padding_begin).fill_(value);
+  if (batch.padding_begin < t.size(0))
+    t.narrow(0, batch.padding_begin, t.size(0) - batch.padding_begin).fill_(value);
 }
 
 }  // namespace nsa::ops
