@@ -12,7 +12,6 @@ The run folder holds checkpoint.pt, metrics.jsonl (one JSON object per line) and
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from argparse import Namespace
@@ -26,6 +25,7 @@ from generate import generate
 from model import Decoder, ModelConfig, Packing
 from options import FREE_ON_RESUME, NSA_OPTIONS, parse_options
 from runtime import (
+    Metrics,
     Processes,
     StopRequest,
     autocast,
@@ -38,41 +38,6 @@ from runtime import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
-
-
-class Metrics:
-    """metrics.jsonl, and TensorBoard if it is installed; only the main process writes."""
-
-    def __init__(self, run_dir: Path, first_step: int, active: bool) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self.active = active
-        self.board = SummaryWriter(str(run_dir)) if active and SummaryWriter else None
-        if active:
-            # Lines that a killed run wrote behind its last checkpoint are about to be written again.
-            kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(kept))
-
-    def _lines(self) -> list[str]:
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [line for line in lines if line.endswith("}\n")]
-
-    def write(self, step: int, **values: float) -> None:
-        if not self.active:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self.board:
-            self.board.close()
 
 
 def model_config(options: Namespace) -> ModelConfig:
@@ -253,7 +218,8 @@ class Trainer:
                 elapsed = time.perf_counter() - started
                 speed = (self.step - logged) * self.sequences_per_step * options.context / elapsed
                 self.seconds += elapsed
-                values = {"loss": mean_loss, "lr": lr, "grad_norm": norm.item()}
+                tokens = self.step * self.sequences_per_step * options.context
+                values = {"loss": mean_loss, "lr": lr, "grad_norm": norm.item(), "tokens": tokens}
                 self.metrics.write(self.step, **values, tokens_per_s=speed, seconds=self.seconds)
                 shown |= {"loss": f"{mean_loss:.3f}", "tok/s": f"{speed:,.0f}"}
                 bar.set_postfix(shown)

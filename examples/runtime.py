@@ -1,9 +1,8 @@
-"""What a training process needs around its model: its place among the processes, stop requests, checkpoints,
-settings of torch.
-"""
+"""What a training process needs around its model: other processes, stop requests, metrics and checkpoints."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import nullcontext
@@ -15,6 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
 
 
 @dataclass
@@ -96,6 +100,36 @@ class StopRequest:
     def restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class Metrics:
+    """metrics.jsonl, and TensorBoard if it is installed; only the main process writes."""
+
+    def __init__(self, run_dir: Path, first_step: int, active: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.active = active
+        self.board = SummaryWriter(str(run_dir)) if active and SummaryWriter else None
+        if active:
+            # Lines that a killed run wrote behind its last checkpoint are about to be written again.
+            kept = [line for line in self._lines() if first_step and json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(kept))
+
+    def _lines(self) -> list[str]:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [line for line in lines if line.endswith("}\n")]
+
+    def write(self, step: int, **values: float) -> None:
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
 
 
 def configure_torch(threads: int | None, deterministic: bool) -> None:

@@ -231,7 +231,8 @@ def plot_gates(axes: Axes, reports: list[LayerReport]) -> None:
         x = torch.arange(len(reports)) + (branch - 1) * 0.27
         axes.bar(x.tolist(), heads.mean(1).tolist(), width=0.25, label=f"g_{name}")
         axes.plot(x.tolist(), heads.tolist(), "k.", markersize=3, alpha=0.6)
-    axes.set(title="mean gate (dots: heads)", xlabel="layer", xticks=range(len(reports)), ylim=(0, 1))
+    axes.set(title="mean gate (dots: heads)", xlabel="layer", xticks=range(len(reports)))
+    axes.margins(y=0.15)  # room for the legend
     axes.legend(ncols=3, loc="upper right", fontsize="small")
 
 
