@@ -4,20 +4,23 @@
 #include "nsa/params.h"
 #include "nsa/status.h"
 
-// Operation and its parameters, listed once: declarations here, and run-time dispatch in cpu/dispatch.cpp,
-// are generated from it.
-#define NSA_FOR_EACH_OP(X)                                   \
-  X(banded_attention_forward, BandedAttentionFwdParams)      \
+// Operation and its parameters, listed once: declarations and run-time dispatch are generated from it.
+#define NSA_FOR_EACH_FORWARD_OP(X)                          \
+  X(compress_forward, CompressFwdParams)                    \
+  X(banded_attention_forward, BandedAttentionFwdParams)     \
+  X(block_scores, BlockScoresParams)                        \
+  X(select_blocks, SelectBlocksParams)                      \
+  X(selected_attention_forward, SelectedAttentionFwdParams) \
+  X(gated_combine_forward, GatedCombineFwdParams)
+#define NSA_FOR_EACH_BACKWARD_OP(X)                          \
+  X(compress_backward, CompressBwdParams)                    \
   X(banded_attention_backward, BandedAttentionBwdParams)     \
-  X(block_scores, BlockScoresParams)                         \
-  X(select_blocks, SelectBlocksParams)                       \
-  X(selected_attention_forward, SelectedAttentionFwdParams)  \
   X(selected_attention_backward, SelectedAttentionBwdParams) \
-  X(gated_combine_forward, GatedCombineFwdParams)            \
   X(gated_combine_backward, GatedCombineBwdParams)           \
-  X(attention_delta, DeltaParams)                            \
-  X(compress_forward, CompressFwdParams)                     \
-  X(compress_backward, CompressBwdParams)
+  X(attention_delta, DeltaParams)
+#define NSA_FOR_EACH_OP(X)   \
+  NSA_FOR_EACH_FORWARD_OP(X) \
+  NSA_FOR_EACH_BACKWARD_OP(X)
 
 namespace nsa::cpu {
 
@@ -37,3 +40,19 @@ NSA_FOR_EACH_OP(NSA_DECLARE_CPU)
 const char* active_isa();
 
 }  // namespace nsa::cpu
+
+namespace nsa::cuda {
+
+struct Stream {
+  void* handle = nullptr;  // cudaStream_t
+};
+
+// sm_80 and newer. Only the forward is here so far.
+#define NSA_DECLARE_CUDA(name, Params) Status name(const Params& p, const Stream& stream);
+NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_CUDA)
+#undef NSA_DECLARE_CUDA
+
+// Bytes of SelectBlocksParams::workspace.
+int64_t select_blocks_workspace(const SelectBlocksParams& p);
+
+}  // namespace nsa::cuda

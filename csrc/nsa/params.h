@@ -37,6 +37,8 @@ struct SequenceBatch {
   int64_t total_q = 0;
   int64_t max_seqlen_q = 0;
   int64_t max_seqlen_k = 0;
+  int64_t key_rows =
+      0;  // R: rows of the key tensors at hand. Devices that cannot check offsets never go beyond
 
   NSA_HOST_DEVICE Sequence sequence(int64_t b) const {
     if (cu_seqlens_k == nullptr) return {0, total_q, 0, max_seqlen_k};
@@ -109,6 +111,7 @@ struct SelectBlocksParams {
   BlockScoresParams scoring;  // its scores pointer is not used
   int num_selected_blocks, num_initial_blocks, num_local_blocks;
   int32_t* block_indices;  // [T, Hkv, n], ascending, -1 = unused
+  void* workspace;         // CUDA: select_blocks_workspace(params) bytes; null on the CPU
 };
 
 struct SelectedAttentionFwdParams {
@@ -150,6 +153,10 @@ struct GatedCombineFwdParams {
   const void* o_branch[kNumBranches];  // [T * Hq, Dv], contiguous
   const void* gate_logits;             // [T * Hq, 3], contiguous
   void* o;                             // [T * Hq, Dv], contiguous
+  // CUDA: where the tokens of the last sequence end (on the device), or null. Rows behind get o = 0, whatever
+  // their gates hold.
+  const int32_t* end_token;
+  int num_heads;  // Hq
 };
 
 // One pass over dO and the three outputs gives every gate gradient and every delta:
@@ -195,6 +202,8 @@ struct CompressFwdParams {
   const void* w2;                        // [h, F, D]
   const void* b2;                        // [h, D] or null
   void* out;                             // [S // d, H, D], zeroed by the caller: rows of no block stay zero
+  int64_t num_rows;                      // S // d
+  void* workspace;                       // CUDA: [h, F] floats; null on the CPU
 };
 
 struct CompressBwdParams {

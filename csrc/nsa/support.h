@@ -24,6 +24,10 @@ struct SupportRow {
 };
 
 constexpr unsigned kCpuDTypes = bit(DType::kF32) | bit(DType::kF64) | bit(DType::kBF16);
+constexpr unsigned kCudaDTypes = bit(DType::kBF16) | bit(DType::kF16);
+
+#define NSA_PORTABLE_HEAD_DIMS \
+  { {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256} }
 
 constexpr SupportRow kSupport[] = {
     {"compress", Path::kCpu, kCpuDTypes, {}},
@@ -34,6 +38,17 @@ constexpr SupportRow kSupport[] = {
     {"sliding_window_attention", Path::kCpu, kCpuDTypes, {}},
     {"gated_combine", Path::kCpu, kCpuDTypes, {}},
     {"attention", Path::kCpu, kCpuDTypes, {}},
+    // The forward. The backward of these is on the CPU alone.
+    {"compress", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"compressed_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"block_scores", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"select_blocks", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"selected_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"sliding_window_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"gated_combine", Path::kCudaPortable, kCudaDTypes, {}},
+    {"attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
 };
+
+#undef NSA_PORTABLE_HEAD_DIMS
 
 }  // namespace nsa

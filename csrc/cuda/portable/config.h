@@ -1,0 +1,40 @@
+// Tile sizes of the portable kernels (sm_80 and newer), with the reason beside each.
+#pragma once
+
+namespace nsa::cuda::portable {
+
+// Banded attention: a warp owns kSlabs slabs of 16 query rows, so that one read of a key tile from shared
+// memory serves 16 * kSlabs rows; the accumulators (16 * kSlabs * (kDimV + kKeys) / 32 registers) set the
+// limit. Shared memory stays below 99 KB, the most that sm_86 and sm_89 give to a block.
+template <int kDimQK, int kDimV>
+struct BandedConfig {
+  static constexpr int kWarps = 4;
+  static constexpr int kSlabs = kDimV <= 128 && kDimQK <= 128 ? 2 : 1;
+  static constexpr int kKeys = kDimQK <= 128 ? 64 : 32;
+  static constexpr int kRows = kWarps * kSlabs * 16;
+};
+
+// Block scores: no output accumulator, but Q, two key tiles and the reduced rows share 99 KB.
+template <int kDimQK>
+struct ScoresConfig {
+  static constexpr int kWarps = 4;
+  static constexpr int kSlabs = kDimQK <= 128 ? 2 : 1;
+  static constexpr int kStages = kDimQK <= 128 ? 2 : 1;
+  static constexpr int kKeys =
+      64;  // a multiple of every l' / d, so that a selection block ends where a tile does
+  static constexpr int kRows = kWarps * kSlabs * 16;
+};
+
+// Selected attention: consumer warps own 16 query rows each, producer warps fill a ring of (K, V) tiles.
+template <int kDimQK, int kDimV>
+struct SelectedConfig {
+  static constexpr int kConsumers = kDimQK <= 128 ? 8 : 4;  // their Q tile and one stage stay below 99 KB
+  static constexpr int kProducers = 2;  // one alone cannot issue copies as fast as the cache delivers
+  static constexpr int kMaxStages = 6;
+  static constexpr int kMaxTokens = 32;  // the bits of a block's mask
+};
+
+// Memory for the scores of the queries that select_blocks works on at a time.
+constexpr long long kSelectWorkspaceBytes = 128ll << 20;
+
+}  // namespace nsa::cuda::portable

@@ -1,0 +1,27 @@
+// cp.async (sm_80): 16 bytes from global to shared memory without registers in between.
+#pragma once
+
+#include <cstdint>
+
+namespace nsa::cuda::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// PTX: cp.async. With valid == false nothing is read and 16 zero bytes are written.
+__device__ __forceinline__ void async_copy_16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// PTX: cp.async.commit_group.
+__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// PTX: cp.async.wait_group: at most kPending of the latest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace nsa::cuda::ptx
