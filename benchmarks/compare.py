@@ -6,8 +6,8 @@
 With --base, that revision is checked out in a git worktree and built there; then the two libraries are
 measured in turn, several times, by the benchmarks of this tree. Arguments not listed here go to run.py.
 
-A change counts when it exceeds 3 % and the two [p10, p90] ranges (of repetitions: the ranges of their
-medians) do not hold each other's median.
+A change counts when it exceeds 3 % and the two [p10, p90] ranges (the widest of all repetitions) do not hold
+each other's median.
 
 """
 
@@ -63,7 +63,7 @@ def print_comparison(old: dict, new: dict, old_name: str, new_name: str) -> None
 
 
 def verdict(old: dict, new: dict) -> str:
-    """ "slower" or "faster" beyond noise, or ""."""
+    """slower or faster beyond noise, or nothing."""
     ratio = new["ms"] / old["ms"]
     if abs(ratio - 1) <= SMALLEST_CHANGE:
         return ""
@@ -100,12 +100,15 @@ def _measure_library(library: Path, run_arguments: list[str], output: Path) -> d
 
 
 def pool(runs: list[dict]) -> dict:
-    """The rows of several runs as one: the median of the medians, and the range that they cover."""
+    """The rows of several runs as one: the median of the medians, and the widest range."""
     pooled = {}
-    for key, row in runs[0].items():
-        medians = [run[key]["ms"] for run in runs]
-        whole = {"ms": statistics.median(medians), "p10_ms": min(medians), "p90_ms": max(medians)}
-        pooled[key] = row | (whole if len(runs) > 1 else {})
+    for key in runs[0]:
+        rows = [run[key] for run in runs]
+        pooled[key] = rows[0] | {
+            "ms": statistics.median(row["ms"] for row in rows),
+            "p10_ms": min(row["p10_ms"] for row in rows),
+            "p90_ms": max(row["p90_ms"] for row in rows),
+        }
     return pooled
 
 
