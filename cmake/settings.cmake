@@ -19,8 +19,10 @@ if(NSA_CCACHE)
   endforeach()
 endif()
 
+# The prefix maps keep the folders of the building machine out of error messages (__FILE__ in torch's checks).
 add_library(nsa_settings INTERFACE)
 target_compile_options(nsa_settings INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>
   "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xcompiler -Wall>")
 if(NSA_SANITIZE)

@@ -22,6 +22,7 @@ endif()
 add_library(nsa_torch INTERFACE)
 target_include_directories(nsa_torch SYSTEM INTERFACE
   ${NSA_TORCH_INCLUDE} ${NSA_TORCH_INCLUDE}/torch/csrc/api/include)
+target_compile_options(nsa_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${NSA_TORCH_INCLUDE}/=>)
 target_compile_definitions(nsa_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${NSA_TORCH_CXX11_ABI})
 target_link_libraries(nsa_torch INTERFACE ${NSA_TORCH_LIB}/libtorch_cpu.so ${NSA_TORCH_LIB}/libc10.so)
 
