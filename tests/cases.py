@@ -83,7 +83,7 @@ class Case:
         return sum(self.lengths[:b]) // self.compress[1]
 
     def seen(self, branch: str) -> Tensor:
-        """Bool [rows of the branch's keys]: visible to a query through the band (cmp, swa) or causally (slc)."""
+        """Bool [rows of the branch's keys]: visible to a query through the band, or causally (slc)."""
         length, stride = self.compress
         mask = torch.zeros(self.num_keys // stride if branch == "cmp" else self.num_keys, dtype=torch.bool)
         for _, b, t in self.queries_and_positions():

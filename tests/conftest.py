@@ -11,7 +11,7 @@ def cuda_reason() -> str | None:
         return "needs a CUDA device"
     import nsa_ext
 
-    if not any(row["path"].startswith("cuda") for row in nsa_ext.support_matrix()):
+    if not any(row["built"] for row in nsa_ext.support_matrix() if row["device"] == "cuda"):
         return "nsa_ext has no CUDA kernels"
     return None
 

@@ -1,4 +1,4 @@
-"""The edge contract, line by line, but for garbage (test_edge_garbage.py) and errors (test_edge_errors.py)."""
+"""The edge contract, line by line, but for garbage and errors (test_edge_garbage.py, test_edge_errors.py)."""
 
 import itertools
 
