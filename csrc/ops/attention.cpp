@@ -202,6 +202,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     // One pass over dO and the outputs gives all that the branches need of them.
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
+    if (d_gate_logits.defined()) fill_padding(d_gate_logits, call.batch, 0);
     const Tensor d_o_rows = as_rows(d_o);
     for (int b = 0; b < kNumBranches; ++b) {
       BranchGrads& grads = branches[b];
@@ -217,7 +218,6 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     if (branches[0].wanted() || branches[1].wanted() || branches[2].wanted() || d_gate_logits.defined()) {
       combine_backward(kBackward, d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine);
     }
-    if (d_gate_logits.defined()) fill_padding(d_gate_logits, call.batch, 0);
     banded_backward(call, k_cmp, v_cmp, config.compressed(), 0, branches[0]);
     selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);
     banded_backward(call, k_swa, v_swa, KeyBlocks{}, window_size, branches[2]);

@@ -164,6 +164,8 @@ void Checks::like_output(Arg o, const at::Tensor& q, int64_t head_dim_v) const {
 void Checks::block_indices(Arg indices, const at::Tensor& q, const AttentionShape& shape) const {
   dim(indices, 3, "[T, Hkv, n]");
   const int num_selected = concrete_size(indices.tensor, 2);
+  NSA_CHECK(num_selected >= 1, indices.name, " has shape ", indices.tensor.sym_sizes(),
+            "; its last dimension, the number of selected blocks, must be at least 1");
   this->shape(indices, {q.sym_size(0), shape.num_heads_kv, num_selected}, "[T, Hkv, n]");
   dtype(indices, at::kInt);
   device(indices, q.device());
@@ -171,7 +173,9 @@ void Checks::block_indices(Arg indices, const at::Tensor& q, const AttentionShap
 
 void Checks::gate_logits(Arg logits, const at::Tensor& o) const {
   shape(logits, {o.sym_size(0), o.sym_size(1), kNumBranches}, "[T, Hq, 3]");
-  if (logits.tensor.scalar_type() != o.scalar_type()) dtype(logits, acc_dtype(o.scalar_type()));
+  const at::ScalarType given = logits.tensor.scalar_type(), acc = acc_dtype(o.scalar_type());
+  NSA_CHECK(given == o.scalar_type() || given == acc, logits.name, " has dtype ", name_of(given),
+            "; expected the dtype of o, ", name_of(o.scalar_type()), ", or ", name_of(acc));
   device(logits, o.device());
 }
 

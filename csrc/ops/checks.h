@@ -56,7 +56,7 @@ class Checks {
   void lse(Arg lse, const at::Tensor& q) const;
   // o or its gradient: [T, Hq, Dv] in the dtype of q.
   void like_output(Arg o, const at::Tensor& q, int64_t head_dim_v) const;
-  // block_indices [T, Hkv, n] int32.
+  // block_indices [T, Hkv, n] int32, n >= 1.
   void block_indices(Arg indices, const at::Tensor& q, const AttentionShape& shape) const;
   // gate_logits [T, Hq, 3] in the dtype of o or of its accumulator.
   void gate_logits(Arg logits, const at::Tensor& o) const;
