@@ -27,7 +27,8 @@ struct ScoresLayout : portable::ScoresConfig<kDim> {
   static constexpr int kHistory = kSums + Config::kWarps * 16 * kSumPitch * 4;  // [token][kHalo]
   static constexpr int kLse = kHistory + Config::kRows * kHalo * 4;             // [row], in base 2
   static constexpr int kEnd = kLse + Config::kRows * 4;                         // [row], keys that it sees
-  static constexpr int kTaps = kEnd + Config::kRows * 4;
+  static constexpr int kOwn = kEnd + Config::kRows * 4;  // [token], its last block, -1 for none
+  static constexpr int kTaps = kOwn + Config::kRows * 4;
   static constexpr int kBytes = kTaps + kMaxTaps * 4;
 };
 
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
   float* history = reinterpret_cast<float*>(shared + Layout::kHistory);
   float* lse_log2 = reinterpret_cast<float*>(shared + Layout::kLse);
   int* row_end = reinterpret_cast<int*>(shared + Layout::kEnd);
+  int* own_block = reinterpret_cast<int*>(shared + Layout::kOwn);
   float* taps = reinterpret_cast<float*>(shared + Layout::kTaps);
   float* sums = reinterpret_cast<float*>(shared + Layout::kSums) + warp * 16 * Layout::kSumPitch;
 
@@ -144,6 +146,11 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
     lse_log2[row] = lse * kLog2e;
     row_end[row] = valid ? static_cast<int>(min64(p.keys.end_visible(t), num_keys)) : 0;
   }
+  for (int token = threadIdx.x; token < tokens; token += Layout::kThreads) {
+    const int64_t t = tile.seq.position(tile.begin + token);
+    own_block[token] =
+        token < tile.count && t >= 0 ? static_cast<int>(min64(t / p.block_size, p.num_blocks - 1)) : -1;
+  }
   if (threadIdx.x < kMaxTaps) {
     // Tap x of selection block j is compressed block j * per_block + x - before; the weights do not depend on
     // j.
@@ -155,24 +162,24 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
 
   const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const bool many_heads = padded > 16;
+  const bool joint = kSlabs * 16 / padded <= 16;  // the tokens of all slabs of a warp fit `sums`
   const int passes = many_heads ? padded / (16 * kSlabs) : 1;
   const bool active = many_heads ? warp < tile.count : warp * kSlabs * 16 / padded < tile.count;
 
-  // The sums of one unit (the tokens of a slab, or one token of many slabs) are in `sums`: add the kept
-  // columns, write the scores of the selection blocks that end in this tile, and keep the last columns.
-  const auto finish_unit = [&](int index, int first_token, int count) {
-    __syncwarp();
+  // The sums of `count` tokens are in `sums`: add the kept columns, write the scores of the selection blocks
+  // that end in this tile, and keep the last columns.
+  const int per_tile = kKeys / per_block, per_tile_log2 = 31 - __clz(per_tile);
+  const auto finish_tokens = [&](int index, int first_token, int count) {
     for (int i = lane; i < count * kHalo; i += 32)
       sums[i / kHalo * Layout::kSumPitch + i % kHalo] = history[first_token * kHalo + i];
     __syncwarp();
-    const int per_tile = kKeys / per_block;
-    for (int i = lane; i < count * per_tile; i += 32) {
-      const int token = i / per_tile, in_tile = i - token * per_tile, j = index * per_tile + in_tile;
+    for (int i = lane; i < count << per_tile_log2; i += 32) {
+      const int token = i >> per_tile_log2, in_tile = i & (per_tile - 1),
+                j = (index << per_tile_log2) + in_tile;
       const float* r = sums + token * Layout::kSumPitch + kHalo + in_tile * per_block - before;
       float score = 0.f;
       for (int x = 0; x < per_block + before; ++x) score += taps[x] * r[x];
-      const int64_t t = tile.seq.position(tile.begin + first_token + token);
-      if (first_token + token < tile.count && t >= 0 && j <= t / p.block_size && j < p.num_blocks) {
+      if (j <= own_block[first_token + token]) {
         output.scores[(output_row(output, tile, tokens, first_token + token) * p.shape.num_heads_kv + head) *
                           p.num_blocks +
                       j] = score;
@@ -221,7 +228,8 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
             for (int i = 0; i < 16; ++i) total[i] += upper[i] + lower[i];
             continue;
           }
-          float* row0 = sums + kHalo;  // of the first token of this thread's rows
+          float* row0 = sums + kHalo +
+                        (joint ? s * (16 / padded) : 0) * Layout::kSumPitch;  // of the slab's first token
           switch (padded) {
             case 16:
 #pragma unroll
@@ -244,12 +252,20 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
               write_sums<0>(upper, row0 + (lane >> 2) * Layout::kSumPitch, lane);
               write_sums<0>(lower, row0 + (8 + (lane >> 2)) * Layout::kSumPitch, lane);
           }
-          finish_unit(index, (first_row + s * 16) / padded, 16 / padded);
+          if (!joint || s == kSlabs - 1) {
+            __syncwarp();
+            if (joint) {
+              finish_tokens(index, first_row / padded, kSlabs * 16 / padded);
+            } else {
+              finish_tokens(index, (first_row + s * 16) / padded, 16 / padded);
+            }
+          }
         }
       }
       if (many_heads) {
         write_sums<3>(total, sums + kHalo, lane);
-        finish_unit(index, warp, 1);
+        __syncwarp();
+        finish_tokens(index, warp, 1);
       }
     }
     __syncthreads();

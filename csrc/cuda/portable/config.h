@@ -10,7 +10,7 @@ template <int kDimQK, int kDimV>
 struct BandedConfig {
   static constexpr int kWarps = 4;
   static constexpr int kSlabs = kDimV <= 128 && kDimQK <= 128 ? 2 : 1;
-  static constexpr int kKeys = kDimQK <= 128 ? 64 : 32;
+  static constexpr int kKeys = kDimQK < 128 ? 64 : 32;
   static constexpr int kRows = kWarps * kSlabs * 16;
 };
 
@@ -29,7 +29,7 @@ struct ScoresConfig {
 template <int kDimQK, int kDimV>
 struct SelectedConfig {
   static constexpr int kConsumers = kDimQK <= 128 ? 8 : 4;  // their Q tile and one stage stay below 99 KB
-  static constexpr int kProducers = 2;  // one alone cannot issue copies as fast as the cache delivers
+  static constexpr int kProducers = 4;  // fewer cannot issue copies as fast as the cache delivers
   static constexpr int kMaxStages = 6;
   static constexpr int kMaxTokens = 32;  // the bits of a block's mask
 };

@@ -162,15 +162,13 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys>::kThreads
       const int end = static_cast<int>(min64(last + 1, num_keys));
       const uint32_t k = base + Layout::kRing + stage * Layout::kStageBytes,
                      v = k + tile_bytes<kDimQK>(kKeys);
-      const auto row_of = [&](const RowsView& view, int row) -> const T* {
-        if (begin + row >= end) return nullptr;
-        return static_cast<const T*>(view.data) + (tile.seq.k_begin + begin + row) * view.stride_row +
-               head * view.stride_head;
+      const auto load = [&]<int kDim>(uint32_t target, const RowsView& view) {
+        const int64_t offset = (tile.seq.k_begin + begin) * view.stride_row + head * view.stride_head;
+        load_strided_tile<kDim, kKeys, Layout::kProducers * 32>(
+            target, static_cast<const T*>(view.data) + offset, view.stride_row, end - begin, thread);
       };
-      load_tile<kDimQK, kKeys, Layout::kProducers * 32>(
-          k, [&](int row) { return row_of(p.k, row); }, thread);
-      load_tile<kDimV, kKeys, Layout::kProducers * 32>(
-          v, [&](int row) { return row_of(p.v, row); }, thread);
+      load.template operator()<kDimQK>(k, p.k);
+      load.template operator()<kDimV>(v, p.v);
       ptx::barrier_arrive_after_copies(full(stage));
     }
     return;

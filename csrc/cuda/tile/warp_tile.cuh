@@ -86,6 +86,30 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const RowPointer& rows,
   }
 }
 
+// Rows [0, kRows) of a tile from a strided matrix: row r is at first + r * stride (in elements), zeros from
+// `valid` rows on. Every thread copies one chunk of rows that lie a constant number apart, so that an address
+// costs one addition.
+template <int kDim, int kRows, int kThreads, typename T>
+__device__ __forceinline__ void load_strided_tile(uint32_t tile, const T* first, int64_t stride, int valid,
+                                                  int thread) {
+  constexpr int kChunks = kDim / 8;
+  constexpr int kThreadsUsed = kThreads / kChunks * kChunks, kStep = kThreadsUsed / kChunks;
+  if (kThreadsUsed < kThreads && thread >= kThreadsUsed) return;
+  const int chunk = thread % kChunks;
+  int row = thread / kChunks;
+  const char* source = reinterpret_cast<const char*>(first + row * stride) + chunk * 16;
+  uint32_t target = tile + (row * kPitch<kDim> + chunk * 8) * 2;
+  const int64_t source_step = kStep * stride * 2;
+#pragma unroll
+  for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+    if (kRows % kStep == 0 || row < kRows)
+      ptx::async_copy_16(target, row < valid ? source : reinterpret_cast<const char*>(first), row < valid);
+    source += source_step;
+    target += kStep * kPitch<kDim> * 2;
+    row += kStep;
+  }
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

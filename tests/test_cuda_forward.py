@@ -1,0 +1,149 @@
+"""Forward kernels on a GPU: the case table at shapes that have native kernels, every head dim, every G."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_case import attention_tensors, check_attention
+from cases import CASES, CUDA_DTYPES, Case, Inputs
+from harness import check, exact_lse, largest_logit, op, to
+from test_compress import phi, rest
+from tolerance import SelectionRule, accumulator, assert_close, assert_selection_valid
+
+from nsa_ext import reference
+
+pytestmark = pytest.mark.gpu
+
+CUDA_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+GROUPS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def native(case: Case) -> Case:
+    """The nearest shape with native kernels: the lengths, chunks and paddings of the case stay."""
+    if case.runs_natively_on_cuda():
+        return case
+    length, stride = case.compress
+    if length % 8 or stride % 8:
+        length, stride = 32, 16
+    dims = case.dims if case.dims in CUDA_DIMS else (64, 64)
+    block_size = case.block_size if case.block_size in (32, 64, 128) else 64
+    return dataclasses.replace(case, dims=dims, compress=(length, stride), block_size=block_size)
+
+
+TABLE = tuple(native(case) for case in CASES)
+SHAPES = tuple(
+    Case(f"dims_{dk}_{dv}", (150, 0, 83), heads=(8, 2), dims=(dk, dv), select=(4, 1, 1))
+    for dk, dv in CUDA_DIMS
+) + tuple(
+    Case(f"g{g}", (190, 77), heads=(2 * g, 2), dims=(64, 64), select=(5, 1, 1), block_size=32) for g in GROUPS
+)
+
+by_case = pytest.mark.parametrize("case", TABLE + SHAPES, ids=lambda case: case.name)
+by_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=["bf16", "fp16"])
+
+
+@by_dtype
+@by_case
+def test_compressed_attention(case: Case, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda")
+    tensors = {"q": x.q, "k_cmp": x.keys("cmp"), "v_cmp": x.values("cmp")}
+    logit = largest_logit(x.q, tensors["k_cmp"], x.scale)
+    arguments = (*x.cu, *case.compress, x.scale)
+    check("compressed_attention", tensors, arguments, (), x.output_like(), logit=logit, second_is_lse=True)
+
+
+@by_dtype
+@by_case
+def test_sliding_window_attention(case: Case, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda")
+    tensors = {"q": x.q, "k": x.keys("swa"), "v": x.values("swa")}
+    logit = largest_logit(x.q, tensors["k"], x.scale)
+    arguments = (*x.cu, case.window, x.scale)
+    check(
+        "sliding_window_attention", tensors, arguments, (), x.output_like(), logit=logit, second_is_lse=True
+    )
+
+
+@by_dtype
+@by_case
+def test_selected_attention(case: Case, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda")
+    tensors = {"q": x.q, "k": x.keys("slc"), "v": x.values("slc"), "block_indices": x.block_indices()}
+    logit = largest_logit(x.q, tensors["k"], x.scale)
+    arguments = (*x.cu, case.block_size, x.scale)
+    check("selected_attention", tensors, arguments, (), x.output_like(), logit=logit, second_is_lse=True)
+
+
+@by_dtype
+@by_case
+def test_block_scores(case: Case, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda")
+    k_cmp, acc = x.keys("cmp"), accumulator(dtype)
+    lse = exact_lse(x, k_cmp)
+    arguments = (*case.compress, case.block_size, x.scale)
+    actual = op("block_scores")(x.q, k_cmp, lse.to(acc).cuda(), *x.cu, *arguments)
+    q, k, cu = to(x.q, torch.float64), to(k_cmp, torch.float64), [to(c) for c in x.cu]
+    exact = reference.block_scores(q, k, lse, *cu, *arguments)
+    baseline = reference.block_scores(q.to(acc), k.to(acc), lse.to(acc), *cu, *arguments)
+    assert_close("scores", actual, exact, baseline, acc, largest_logit(x.q, k_cmp, x.scale))
+
+
+@by_dtype
+@by_case
+def test_attention(case: Case, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda", q_scale=2.0)
+    _, indices = check_attention(x, attention_tensors(x), wanted=(), compare_selection=True)
+    assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
+
+
+@by_dtype
+@by_case
+@pytest.mark.parametrize(
+    ("kind", "per_head", "hidden"),
+    [("mlp", False, 256), ("mlp", True, 40), ("mlp", False, 328), ("linear", False, 8), ("mean", False, 8)],
+    ids=["mlp", "per_head", "wide", "linear", "mean"],
+)
+def test_compress(case: Case, kind: str, per_head: bool, hidden: int, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, "cuda")
+    tensors = phi(x, kind, per_head, hidden)
+    check("compress", tensors, rest(x, kind), (), x.random(50, 1, 1, 1))
+
+
+@by_dtype
+@pytest.mark.parametrize("n", [1, 2, 31, 40, 64])
+def test_many_selected_blocks(n: int, dtype: torch.dtype) -> None:
+    case = Case(
+        "long", (5000,), heads=(2, 1), dims=(64, 64), compress=(16, 8), block_size=32, select=(n, 0, 1)
+    )
+    x = Inputs(case, dtype, "cuda", q_scale=3.0)
+    _, indices = check_attention(x, attention_tensors(x), wanted=(), compare_selection=True)
+    assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
+
+
+def test_repeats_bitwise() -> None:
+    case = Case("repeat", (700, 333), heads=(16, 2), dims=(128, 128), select=(6, 1, 2))
+    x = Inputs(case, torch.bfloat16, "cuda")
+    arguments = (
+        *attention_tensors(x).values(),
+        *x.cu,
+        *case.compress,
+        case.block_size,
+        *case.select,
+        case.window,
+        x.scale,
+    )
+    first = op("attention_forward")(*arguments)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, op("attention_forward")(*arguments), strict=True))
+
+
+def test_wild_offsets_touch_nothing_outside() -> None:
+    """cu_seqlens on the device is never read on the host; whatever it says, the process lives."""
+    case = Case("wild", (256,), heads=(4, 1), dims=(64, 64))
+    x = Inputs(case, torch.bfloat16, "cuda")
+    for wild in ([0, 10**9], [-5, 300], [200, 100], [2**31 - 1, -(2**31)]):
+        cu = torch.tensor(wild, dtype=torch.int32, device="cuda")
+        arguments = (cu, cu, 256, 256, *case.compress, case.block_size, *case.select, case.window, x.scale)
+        op("attention")(*attention_tensors(x).values(), *arguments)
+        op("compress")(x.keys("slc"), None, None, None, None, None, cu, 256, *case.compress, "mean")
+    torch.cuda.synchronize()
