@@ -35,9 +35,6 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake before 3.26 does not know 
 endif()
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NSA_CUDA_ARCHS}")
-if(NSA_TORCH)
-  target_link_libraries(nsa_torch_cuda INTERFACE CUDA::cudart_static)
-endif()
 
 # "90a-real" -> -gencode arch=compute_90a,code=sm_90a; "90-virtual" -> PTX for what comes later.
 function(nsa_gencode_flags output)
