@@ -95,6 +95,25 @@ double dot(const Rows<T>& a, int64_t row_a, int head_a, const Rows<T>& b, int64_
   return sum;
 }
 
+// A key that a query sees: its row, and scale * q . k.
+struct Seen {
+  int64_t row;
+  double logit;
+};
+
+template <typename T>
+std::vector<Seen> seen_keys(const NaiveKeys& keys, const Query& query, int h, double scale, const Rows<T>& q,
+                            const Rows<T>& k) {
+  std::vector<Seen> seen;
+  const KeyRange range = keys.range(query.sequence);
+  for (int64_t i = 0; i < range.count; ++i) {
+    if (!keys.visible(query, i)) continue;
+    const int64_t row = range.first_row + i;
+    seen.push_back({row, scale * dot(q, query.row, h, k, row, query.head_kv)});
+  }
+  return seen;
+}
+
 template <typename T>
 NaiveForward naive_forward(const Batch& batch, const Heads& heads, const NaiveKeys& keys, double scale,
                            const Rows<T>& q, const Rows<T>& k, const Rows<T>& v) {
@@ -102,20 +121,15 @@ NaiveForward naive_forward(const Batch& batch, const Heads& heads, const NaiveKe
   NaiveForward out{std::vector<double>(batch.total_q() * heads.q * heads.dim_v, 0),
                    std::vector<double>(batch.total_q() * heads.q, -inf)};
   for_each_query(batch, heads, [&](const Query& query, int h) {
-    const KeyRange range = keys.range(query.sequence);
+    const std::vector<Seen> seen = seen_keys(keys, query, h, scale, q, k);
+    if (seen.empty()) return;
     double largest = -inf, sum = 0;
-    for (int64_t i = 0; i < range.count; ++i) {
-      if (!keys.visible(query, i)) continue;
-      largest = std::max(largest, scale * dot(q, query.row, h, k, range.first_row + i, query.head_kv));
-    }
-    if (largest == -inf) return;
+    for (const Seen& key : seen) largest = std::max(largest, key.logit);
     double* o = &out.o[(query.row * heads.q + h) * heads.dim_v];
-    for (int64_t i = 0; i < range.count; ++i) {
-      if (!keys.visible(query, i)) continue;
-      const int64_t row = range.first_row + i;
-      const double p = std::exp(scale * dot(q, query.row, h, k, row, query.head_kv) - largest);
+    for (const Seen& key : seen) {
+      const double p = std::exp(key.logit - largest);
       sum += p;
-      for (int c = 0; c < heads.dim_v; ++c) o[c] += p * v(row, query.head_kv, c);
+      for (int c = 0; c < heads.dim_v; ++c) o[c] += p * v(key.row, query.head_kv, c);
     }
     for (int c = 0; c < heads.dim_v; ++c) o[c] /= sum;
     out.lse[query.row * heads.q + h] = largest + std::log(sum);
@@ -132,25 +146,24 @@ NaiveBackward naive_backward(const Batch& batch, const Heads& heads, const Naive
                       std::vector<double>(k.rows() * heads.kv * heads.dim_qk, 0),
                       std::vector<double>(v.rows() * heads.kv * heads.dim_v, 0)};
   for_each_query(batch, heads, [&](const Query& query, int h) {
-    const KeyRange range = keys.range(query.sequence);
     const int64_t row_q = query.row * heads.q + h;
     const double factor = d_o_scale.empty() ? 1 : d_o_scale[row_q];
     double delta = 0;
     for (int c = 0; c < heads.dim_v; ++c) {
       delta += factor * d_o(query.row, h, c) * forward.o[row_q * heads.dim_v + c];
     }
-    for (int64_t i = 0; i < range.count; ++i) {
-      if (!keys.visible(query, i)) continue;
-      const int64_t row = range.first_row + i, row_k = row * heads.kv + query.head_kv;
-      const double p = std::exp(scale * dot(q, query.row, h, k, row, query.head_kv) - forward.lse[row_q]);
+    for (const Seen& key : seen_keys(keys, query, h, scale, q, k)) {
+      const int64_t row_k = key.row * heads.kv + query.head_kv;
+      const double p = std::exp(key.logit - forward.lse[row_q]);
       double dp = 0;
       for (int c = 0; c < heads.dim_v; ++c) {
-        dp += factor * d_o(query.row, h, c) * v(row, query.head_kv, c);
-        grads.dv[row_k * heads.dim_v + c] += p * factor * d_o(query.row, h, c);
+        const double grad = factor * d_o(query.row, h, c);
+        dp += grad * v(key.row, query.head_kv, c);
+        grads.dv[row_k * heads.dim_v + c] += p * grad;
       }
       const double ds = scale * p * (dp - delta);
       for (int c = 0; c < heads.dim_qk; ++c) {
-        grads.dq[row_q * heads.dim_qk + c] += ds * k(row, query.head_kv, c);
+        grads.dq[row_q * heads.dim_qk + c] += ds * k(key.row, query.head_kv, c);
         grads.dk[row_k * heads.dim_qk + c] += ds * q(query.row, h, c);
       }
     }

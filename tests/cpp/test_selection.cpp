@@ -73,6 +73,7 @@ struct Selection {
   std::vector<double> exact_lse;
   Guarded<Acc<T>> lse;
   nsa::BlockScoresParams params{};
+  std::vector<double> exact;  // scores
 
   Selection(const Batch& b, const Heads& h, const Blocks& bl, int64_t slack, double q_size)
       : batch(b),
@@ -113,10 +114,7 @@ struct Selection {
     params.k_cmp = k.view();
     params.lse = lse.data();
     params.num_blocks = num_blocks;
-  }
-
-  std::vector<double> exact() const {
-    return naive_scores(batch, heads, blocks, num_blocks, scale, q, k, exact_lse);
+    exact = naive_scores(batch, heads, blocks, num_blocks, scale, q, k, exact_lse);
   }
 
   std::string check_scores(int num_threads) {
@@ -126,7 +124,7 @@ struct Selection {
     const nsa::Status status = nsa::cpu::block_scores(params, threads(num_threads));
     if (!status.ok()) return status.message;
     return !scores.intact() ? "wrote in front of the scores"
-                            : mismatch("scores", scores.values(), exact(), bound<Acc<T>, Acc<T>>());
+                            : mismatch("scores", scores.values(), exact, bound<Acc<T>, Acc<T>>());
   }
 
   // The chosen set may differ from the exact one only among blocks whose scores the arithmetic cannot tell
@@ -145,12 +143,11 @@ struct Selection {
     if (!status.ok()) return status.message;
     if (!indices.intact()) return "wrote in front of the indices";
 
-    const std::vector<double> scores = exact();
     const double tolerance = std::is_same_v<T, double> ? 1e-13 : 1e-4;
     std::string wrong;
     for_each_query(batch, {heads.kv, heads.kv, 1, 1}, [&](const Query& query, int g) {
       const int64_t row = query.row * heads.kv + g;
-      const double* row_scores = &scores[static_cast<size_t>(row * num_blocks)];
+      const double* row_scores = &exact[static_cast<size_t>(row * num_blocks)];
       const std::vector<int32_t> expected =
           naive_selection(row_scores, query.position / blocks.block_size, n, num_initial, num_local);
       const std::vector<int32_t> actual(indices.data() + row * n, indices.data() + (row + 1) * n);
@@ -213,12 +210,12 @@ TEMPLATE_TEST_CASE("the selection takes the forced and the best blocks", "[selec
   for (const Batch& batch : batches()) {
     for (const Heads& heads : kHeads) {
       for (const Blocks& blocks : kBlocks) {
+        Selection<TestType> selection(batch, heads, blocks, 0, 2);
         for (const Counts& c :
              {Counts{4, 1, 2}, Counts{3, 1, 2}, Counts{2, 0, 0}, Counts{1, 0, 1}, Counts{20, 2, 0}}) {
           CAPTURE(nsa::cpu::active_isa(), batch.count(), batch.total_k(), heads.q, heads.kv, heads.dim_qk,
                   blocks.compressed.block, blocks.compressed.stride, blocks.block_size, c.n, c.num_initial,
                   c.num_local);
-          Selection<TestType> selection(batch, heads, blocks, 0, 2);
           CHECK(selection.check_selection(c.n, c.num_initial, c.num_local, 1) == "");
           CHECK(selection.check_selection(c.n, c.num_initial, c.num_local, 3) == "");
         }
