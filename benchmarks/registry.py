@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOOTH_RHO = 0.98  # of the AR(1) process over tokens
@@ -408,6 +409,36 @@ def sdpa_attention(case: Case) -> Workload:
     return _sdpa(case if case.variant else replace(case, variant=_fastest_sdpa_variant(trial)))
 
 
+def _sdpa_backend(case: Case, backend: SDPBackend) -> Workload:
+    """One backend of sdpa on CUDA, head-major, with the KV heads expanded beforehand."""
+    inputs, s = _Inputs(case), case.shape
+    group = s.num_heads_q // s.num_heads_kv
+    q, k, v = inputs.query().detach(), *(x.detach() for x in inputs.key_value())
+    expanded = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    tensors = tuple(x.transpose(0, 1).contiguous()[None].requires_grad_() for x in (q, *expanded))
+
+    def forward() -> tuple[Tensor, ...]:
+        with sdpa_kernel(backend):
+            return (
+                torch.nn.functional.scaled_dot_product_attention(
+                    *tensors, is_causal=True, scale=case.softmax_scale
+                ),
+            )
+
+    variant = "head-major, KV expanded beforehand"
+    return Workload(tensors, forward, attention_flops(case, dense_pairs(case)), variant)
+
+
+@implementation("attention", "sdpa_flash")
+def sdpa_flash_attention(case: Case) -> Workload:
+    return _sdpa_backend(case, SDPBackend.FLASH_ATTENTION)
+
+
+@implementation("attention", "sdpa_cudnn")
+def sdpa_cudnn_attention(case: Case) -> Workload:
+    return _sdpa_backend(case, SDPBackend.CUDNN_ATTENTION)
+
+
 # ---- Suites ----
 
 
@@ -424,6 +455,7 @@ class Suite:
     lengths: tuple[int, ...]
     quick_lengths: tuple[int, ...]
     threads: int | None = None
+    directions: tuple[str, ...] = ("forward", "backward", "step")
 
 
 _SUITES = (
@@ -446,6 +478,25 @@ _SUITES = (
         lengths=(2048, 4096, 8192, 16384, 32768),
         quick_lengths=(512, 1024),
         threads=2,
+    ),
+    Suite(
+        name="training",
+        device="cuda",
+        dtype="bfloat16",
+        shape=Shape(64, 4, 128, 128, compress_hidden_size=256),
+        ops={
+            "attention": ("nsa", "sdpa_flash", "sdpa_cudnn"),
+            "compress": ("nsa",),
+            "compressed_attention": ("nsa",),
+            "select_blocks": ("nsa",),
+            "selected_attention": ("nsa",),
+            "sliding_window_attention": ("nsa",),
+            "gated_combine": ("nsa",),
+        },
+        baseline="sdpa_cudnn",
+        lengths=(2048, 4096, 8192, 16384, 32768, 65536, 131072),
+        quick_lengths=(2048,),
+        directions=("forward",),  # the backward has no CUDA kernels yet
     ),
 )
 SUITES = {suite.name: suite for suite in _SUITES}

@@ -76,15 +76,18 @@ def measure_op(
     """All implementations of one op on one case, in every direction, in turn."""
     chosen = [impl for impl in suite.ops[op] if impls is None or impl in impls]
     workloads = {impl: REGISTRY[op][impl](case) for impl in chosen}
-    calls = {(impl, d): work.call(d) for impl, work in workloads.items() for d in work.directions()}
+    directions = {
+        impl: [d for d in work.directions() if d in suite.directions] for impl, work in workloads.items()
+    }
+    calls = {(impl, d): workloads[impl].call(d) for impl, ds in directions.items() for d in ds}
     timings = measure(calls, case.device, method)
     del calls  # with the graphs that the backward calls hold
 
     rows = []
     for impl, work in workloads.items():
-        peaks = peak_memory(op, impl, replace(case, variant=work.variant), threads)
+        peaks = peak_memory(op, impl, replace(case, variant=work.variant), threads, suite.directions)
         traffic = work.compulsory_bytes()
-        for direction in work.directions():
+        for direction in directions[impl]:
             timing = timings[impl, direction]
             flops = work.flops.get(direction)
             rows.append(

@@ -105,10 +105,16 @@ def _time_cuda_calls(call: Call, count: int) -> list[float]:
 # ---- Peak memory beyond the inputs (outputs, saved tensors, gradients and workspaces count) ----
 
 
-def peak_memory(op: str, impl: str, case: Case, threads: int | None = None) -> dict[str, int | None]:
+def peak_memory(
+    op: str,
+    impl: str,
+    case: Case,
+    threads: int | None = None,
+    directions: tuple[str, ...] = ("forward", "backward", "step"),
+) -> dict[str, int | None]:
     """Bytes per direction; None where the system does not tell."""
     if case.device == "cuda":
-        return _peak_by_direction(REGISTRY[op][impl](case), _CudaMeter())
+        return _peak_by_direction(REGISTRY[op][impl](case), _CudaMeter(), directions)
     if not _CpuMeter.is_supported():
         return dict.fromkeys(("forward", "backward", "step"))
     # A process of its own: nothing that earlier calls left to the allocator can hide what this one needs.
@@ -130,11 +136,15 @@ def peak_memory(op: str, impl: str, case: Case, threads: int | None = None) -> d
         process.join()
 
 
-def _peak_by_direction(workload: Workload, meter: "_CpuMeter | _CudaMeter") -> dict[str, int | None]:
+def _peak_by_direction(
+    workload: Workload,
+    meter: "_CpuMeter | _CudaMeter",
+    directions: tuple[str, ...] = ("forward", "backward", "step"),
+) -> dict[str, int | None]:
     start = meter.reset()
     outputs = workload.forward()
     peaks = {"forward": meter.peak() - start}
-    if "backward" in workload.directions():
+    if "backward" in workload.directions() and "backward" in directions:
         held = meter.reset() - start
         workload.grad_outputs(outputs)  # the caller's memory
         before = meter.reset()

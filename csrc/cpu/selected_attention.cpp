@@ -332,7 +332,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
   const int64_t slot_size = group * tiling.parts * ld;  // dS of a (query, KV head, slot): [part][group][ld]
   const int64_t token_bytes = heads_kv * n * slot_size * static_cast<int64_t>(sizeof(A));
   const int64_t chunk =
-      max64(1, min64(min64(kMaxChunkTokens, batch.num_queries()), kScoreGradBytes / token_bytes));
+      max64(1, min64(min64(kMaxChunkTokens, batch.num_queries()), kScoreGradBytes / max64(1, token_bytes)));
   Choices choices(chunk, num_blocks, heads_kv, n);
   const Buffer<A> chunk_ds(grads.dq ? chunk * heads_kv * n * slot_size : 0);
   if (!choices || !chunk_ds) return out_of_memory();
