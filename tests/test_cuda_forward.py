@@ -32,8 +32,7 @@ def native(case: Case) -> Case:
 
 TABLE = tuple(native(case) for case in CASES)
 SHAPES = tuple(
-    Case(f"d{dk}_{dv}", (150, 0, 83), heads=(8, 2), dims=(dk, dv), select=(4, 1, 1))
-    for dk, dv in CUDA_DIMS
+    Case(f"d{dk}_{dv}", (150, 0, 83), heads=(8, 2), dims=(dk, dv), select=(4, 1, 1)) for dk, dv in CUDA_DIMS
 ) + tuple(
     Case(f"g{g}", (190, 77), heads=(2 * g, 2), dims=(64, 64), select=(5, 1, 1), block_size=32) for g in GROUPS
 )

@@ -26,7 +26,15 @@ def main() -> int:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     failed = []
     for tool in sys.argv[1:] or TOOLS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=portable"]
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--kernel-name",
+            "kernel_substring=portable",
+        ]
         print(f"== {tool}", flush=True)
         if subprocess.run([*command, sys.executable, "-m", "pytest", "-q", *TESTS]).returncode:
             failed.append(tool)
