@@ -76,6 +76,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-kv-heads", type=int, default=1)
     group.add_argument("--head-dim", type=int, default=64)
     group.add_argument("--ffn-size", type=int, default=704)
+    group.add_argument("--rope-theta", type=float, default=10000.0, help="base of the rotary embedding")
     for name, default in NSA_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="NSA")
     group.add_argument("--compress-kind", choices=("mlp", "linear", "mean"), default="mlp", help="NSA")

@@ -39,12 +39,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+GATE_RATE = 0.1  # see rate_scale
+
 
 def model_config(options: Namespace) -> ModelConfig:
     """The model that the options describe."""
-    shape = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "attention")
+    shape = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "rope_theta")
     nsa = {name: getattr(options, name) for name in (*NSA_OPTIONS, "compress_kind")}
-    return ModelConfig(VOCAB_SIZE, **{name: getattr(options, name) for name in shape}, nsa=nsa)
+    sizes = {name: getattr(options, name) for name in shape}
+    return ModelConfig(VOCAB_SIZE, **sizes, attention=options.attention, nsa=nsa)
 
 
 def learning_rate(step: int, options: Namespace) -> float:
@@ -56,22 +59,33 @@ def learning_rate(step: int, options: Namespace) -> float:
     return options.lr * (options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine)
 
 
-def make_optimizer(model: nn.Module, options: Namespace) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, biases (b1, b2 of phi have a head dimension)
-    and position encodings.
+def rate_scale(name: str, parameter: nn.Parameter, hidden_size: int) -> float:
+    """Learning rate of a parameter of NSA relative to that of the other layers.
+
+    Adam moves all weights by about as much, and thereby a sum over n inputs by n times as much. At the rate of
+    the other layers, a gate is closed before its branch has learnt anything, and the compression with its
+    block_size * head_dim inputs never settles.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    if ".gate_proj." in name:
+        return GATE_RATE
+    if name.endswith(".w1"):
+        return min(1.0, hidden_size / parameter.shape[-2])
+    return 1.0
+
+
+def make_optimizer(model: Decoder, options: Namespace) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on norms, biases and position encodings."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and name.rpartition(".")[2] not in ("pe", "b1", "b2", "bias")
-        groups[is_matrix].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": options.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=options.lr,
-        betas=(0.9, options.beta2),
-    )
+        # phi's pe, b1 and b2 have a head dimension in front.
+        is_matrix = parameter.ndim >= 2 and name.rpartition(".")[2] not in ("pe", "b1", "b2")
+        scale = rate_scale(name, parameter, model.config.hidden_size)
+        groups.setdefault((options.weight_decay * is_matrix, scale), []).append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": decay, "rate_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=options.lr, betas=(0.9, options.beta2))
 
 
 class Trainer:
@@ -170,7 +184,7 @@ class Trainer:
         options, processes = self.options, self.processes
         lr = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate_scale"]
         total = torch.zeros((), device=processes.device)
         for micro in range(options.accumulation):
             number = (self.step * options.accumulation + micro) * processes.world_size + processes.rank

@@ -200,16 +200,21 @@ def test_full_attention_by_mask_equals_that_by_document(text_folder, tmp_path):
     torch.testing.assert_close(by_mask, by_document, rtol=1e-4, atol=1e-4)
 
 
-def test_weight_decay_is_on_matrices_only(arguments):
+def test_groups_of_the_optimizer(arguments):
     model = tiny_model("nsa")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, others = pretrain.make_optimizer(model, parse_options(arguments("x"))).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert all(names[p].endswith(("weight", "w1", "w2")) for p in decayed["params"])
-    kinds = {names[p].rpartition(".")[2] for p in others["params"]}
-    assert kinds == {"pe", "b1", "b2", "bias", "weight"}
-    assert all("norm" in names[p] for p in others["params"] if names[p].endswith("weight"))
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    groups = pretrain.make_optimizer(model, parse_options(arguments("x"))).param_groups
+    found = {
+        names[p]: (group["weight_decay"], group["rate_scale"]) for group in groups for p in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    layer = "layers.1.attention."
+    assert found["head.weight"] == found["layers.0.ffn.down.weight"] == (0.1, 1)
+    assert found["norm.weight"] == found["layers.0.ffn_norm.weight"] == (0, 1)
+    assert found[layer + "q_proj.weight"] == found[layer + "compress_k.w2"] == (0.1, 1)
+    assert all(found[layer + f"compress_v.{name}"] == (0, 1) for name in ("pe", "b1", "b2"))
+    assert found[layer + "compress_k.w1"] == (0.1, 32 / (16 * 8))  # hidden_size / (l * D)
+    assert found[layer + "gate_proj.weight"] == (0.1, 0.1) and found[layer + "gate_proj.bias"] == (0, 0.1)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
