@@ -153,6 +153,8 @@ CASES = (
     Case("block_size_96", (301,), block_size=96, select=(2, 1, 1)),
     Case("block_size_128", (400,), block_size=128, select=(2, 0, 1)),
     Case("block_size_16", (163,), block_size=16, compress=(32, 8), select=(6, 1, 2)),
+    # More queries, keys and blocks than a kernel works on at a time: several chunks and units.
+    Case("several_chunks", (600, 5, 150), heads=(16, 1), dims=(24, 16), select=(16, 1, 2), window=130),
     Case("nothing", (), heads=(4, 2)),
     Case("only_empty_sequences", (0, 0), heads=(4, 2)),
     Case("only_padding", (0,), pad=(5, 40), heads=(4, 2)),

@@ -1,8 +1,14 @@
 """Fixtures and markers of every test."""
 
-import pytest
-import torch
-from cases import Case
+import os
+
+# Threads that wait for each other sleep: with spinning ones, thousands of small calls take many times as long
+# as soon as the machine does anything else. Read when torch is loaded, so this comes first.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from cases import Case  # noqa: E402
 
 
 def cuda_reason() -> str | None:

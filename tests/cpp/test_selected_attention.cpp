@@ -83,6 +83,12 @@ TEMPLATE_TEST_CASE("selected attention over many tiles, on several threads", "[a
   }
 }
 
+// The backward keeps dS of a bounded chunk of queries: 16 heads x 16 blocks of 64 keys fill several of them
+// here.
+TEST_CASE("selected attention over several chunks of queries", "[attention]") {
+  CHECK(check_selected<float>(Batch({700, 3, 150}), {16, 1, 4, 4}, 64, 16, 2) == "");
+}
+
 TEST_CASE("selected attention computes each subset of gradients, with dO scaled or not", "[attention]") {
   for (unsigned wanted = 0; wanted < 8; ++wanted) {
     for (bool scaled : {false, true}) {
