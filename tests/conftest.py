@@ -6,9 +6,9 @@ import os
 # as soon as the machine does anything else. Read when torch is loaded, so this comes first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from cases import Case  # noqa: E402
+import pytest
+import torch
+from cases import Case
 
 
 def cuda_reason() -> str | None:
