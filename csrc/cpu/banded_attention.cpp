@@ -88,7 +88,7 @@ Status forward(const BandedAttentionFwdParams& p, const Parallel& parallel) {
       pack_keys<A, T>(v, tiles, p.seqs, p.keys, p.v, p.shape.num_heads_kv, dim_v, false, parallel, wanted);
   if (!status.ok()) return status;
 
-  const A scale = static_cast<A>(p.softmax_scale * kLog2e);
+  const A scale = static_cast<A>(p.softmax_scale);
   const int64_t num_work = count_query_tiles(p.seqs, tokens) * p.shape.num_heads_kv;
   return parallel_tasks(
       parallel, num_work, [&] { return FwdScratch<A>(rows, dim_qk, k.ld, v.ld); },
@@ -99,7 +99,7 @@ Status forward(const BandedAttentionFwdParams& p, const Parallel& parallel) {
         const int64_t num_rows = tile.count * group;
         for (int64_t i = 0; i < tile.count; ++i) {
           load_heads<A, T>(scratch.q.get() + i * group * dim_qk, dim_qk, p.q, seq.q_begin + tile.begin + i,
-                           tile.head * group, group, dim_qk);
+                           tile.head * group, group, dim_qk, [&](int) { return scale; });
         }
         scratch.o.zero(num_rows * v.ld);
         scratch.sum.zero(num_rows * kLanes<A>);
@@ -122,7 +122,7 @@ Status forward(const BandedAttentionFwdParams& p, const Parallel& parallel) {
           for (int64_t i = view.first; i < view.last; ++i) {
             const KeyRange visible = within(band.of(tile.begin + i), j * kTileKeys, kTileKeys);
             for (int64_t r = i * group; r < (i + 1) * group; ++r) {
-              softmax_row(s + (r - r0) * k.ld, visible, computed, scale, softmax_state(r));
+              softmax_row(s + (r - r0) * k.ld, visible, computed, softmax_state(r));
             }
           }
           gemm<A>(
@@ -246,7 +246,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
   const Buffer<A> unit_dk(grads.dk ? num_rows * ld_qk : 0), unit_dv(grads.dv ? num_rows * ld_v : 0);
   if (!unit_dk || !unit_dv) return out_of_memory();
 
-  const A scale = static_cast<A>(p.softmax_scale), scale_log2 = static_cast<A>(p.softmax_scale * kLog2e);
+  const A scale = static_cast<A>(p.softmax_scale);
   const A* lse = static_cast<const A*>(grads.lse);
   const A* delta = static_cast<const A*>(grads.delta);
   const A* d_o_scale = static_cast<const A*>(grads.d_o_scale);
@@ -269,11 +269,11 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
           for (int64_t i = 0; i < tile.count; ++i) {
             const int64_t token = seq.q_begin + tile.begin + i, row = token * heads_q + unit.head * group;
             load_heads<A, T>(&scratch.q[i * group * ld_qk], ld_qk, p.q, token, unit.head * group, group,
-                             dim_qk);
+                             dim_qk, [&](int) { return scale; });
             load_heads<A, T>(&scratch.d_o[i * group * ld_v], ld_v, grads.d_o, token, unit.head * group, group,
                              dim_v, [&](int g) { return d_o_scale ? d_o_scale[row + g] : A(1); });
             for (int g = 0; g < group; ++g) {
-              scratch.lse[i * group + g] = lse[row + g] * static_cast<A>(kLog2e);
+              scratch.lse[i * group + g] = lse[row + g];
               scratch.delta[i * group + g] = delta[row + g];
             }
           }
@@ -300,8 +300,8 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
               const KeyRange visible = within(band.of(tile.begin + i), j * kTileKeys, kTileKeys);
               for (int64_t r = i * group; r < (i + 1) * group; ++r) {
                 A *prob_row = prob + (r - r0) * ld, *ds_row = ds + (r - r0) * ld;
-                probability_row(prob_row, visible, computed, scale_log2, scratch.lse[r]);
-                if (want_scores) score_grad_row(ds_row, prob_row, visible, computed, scale, scratch.delta[r]);
+                probability_row(prob_row, visible, computed, scratch.lse[r]);
+                if (want_scores) score_grad_row(ds_row, prob_row, visible, computed, scratch.delta[r]);
               }
             }
             const int64_t unit_row = j * kTileKeys + view.keys.lo - unit.key_begin;
@@ -323,7 +323,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
               const int64_t row =
                   (seq.q_begin + tile.begin + r / group) * heads_q + unit.head * group + r % group;
               A* dst = static_cast<A*>(grads.dq) + row * dim_qk;
-              for (int d = 0; d < dim_qk; ++d) dst[d] += scratch.dq[r * ld_qk + d];
+              for (int d = 0; d < dim_qk; ++d) dst[d] += scale * scratch.dq[r * ld_qk + d];
             }
           }
         }

@@ -61,7 +61,7 @@ Status for_each_score_row(const BlockScoresParams& p, int num_best, const Parall
       });
   if (!status.ok()) return status;
 
-  const A scale_log2 = static_cast<A>(p.softmax_scale * kLog2e);
+  const A scale = static_cast<A>(p.softmax_scale);
   const A* lse = static_cast<const A*>(p.lse);
   const int64_t num_work = count_query_tiles(p.seqs, tokens) * heads_kv;
   return parallel_tasks(
@@ -71,7 +71,7 @@ Status for_each_score_row(const BlockScoresParams& p, int num_best, const Parall
         const Sequence seq = p.seqs.sequence(tile.b);
         for (int64_t i = 0; i < tile.count; ++i) {
           load_heads<A, T>(&scratch.q[i * group * dim], dim, p.q, seq.q_begin + tile.begin + i,
-                           tile.head * group, group, dim);
+                           tile.head * group, group, dim, [&](int) { return scale; });
         }
         scratch.scores.zero(tile.count * p.num_blocks);
         const int64_t end = p.keys.end_visible(seq.position(tile.begin + tile.count - 1));
@@ -89,8 +89,8 @@ Status for_each_score_row(const BlockScoresParams& p, int num_best, const Parall
             for (int64_t key = 0; key < computed.hi; key += kLanes<A>) {
               Vec<A> sum{};
               for (int g = 0; g < group; ++g) {
-                const A lse_log2 = lse[row + g] * static_cast<A>(kLog2e);
-                sum += exp2<A>(load(&scratch.s[(i * group + g) * k.ld + key]) * scale_log2 - lse_log2);
+                sum += exp2<A>((load(&scratch.s[(i * group + g) * k.ld + key]) - lse[row + g]) *
+                               static_cast<A>(kLog2e));
               }
               store(&scratch.p[key], sum);
             }

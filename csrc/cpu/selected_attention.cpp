@@ -182,7 +182,7 @@ Status forward(const SelectedAttentionFwdParams& p, const Parallel& parallel) {
   if (!status.ok()) return status;
 
   constexpr int64_t kTokensPerTask = 16;
-  const A scale = static_cast<A>(p.softmax_scale * kLog2e);
+  const A scale = static_cast<A>(p.softmax_scale);
   const int64_t tasks_per_head = ceil_div(batch.num_queries(), kTokensPerTask);
   return parallel_tasks(
       parallel, heads_kv * tasks_per_head, [&] { return FwdScratch<A>(group, dim_qk, k.ld, v.ld, n); },
@@ -192,7 +192,8 @@ Status forward(const SelectedAttentionFwdParams& p, const Parallel& parallel) {
           const Token token = batch.token(query);
           const int count = normalise_row(p.block_indices + (token.row * heads_kv + head) * n, n, token.own,
                                           scratch.blocks.get());
-          load_heads<A, T>(scratch.q.get(), dim_qk, p.q, token.row, head * group, group, dim_qk);
+          load_heads<A, T>(scratch.q.get(), dim_qk, p.q, token.row, head * group, group, dim_qk,
+                           [&](int) { return scale; });
           scratch.o.zero(group * v.ld);
           scratch.sum.zero(group * kLanes<A>);
           for (int g = 0; g < group; ++g) scratch.max[g] = kNegInf<A>;
@@ -210,7 +211,7 @@ Status forward(const SelectedAttentionFwdParams& p, const Parallel& parallel) {
                       {scratch.q.get(), dim_qk, 1, k.tile(head, block, part), k.ld, scratch.s.get(), k.ld},
                       false);
               for (int g = 0; g < group; ++g)
-                softmax_row(&scratch.s[g * k.ld], visible, computed, scale, softmax_state(g));
+                softmax_row(&scratch.s[g * k.ld], visible, computed, softmax_state(g));
               gemm<A>(group, v.ld, visible.hi,
                       {scratch.s.get(), k.ld, 1, v.tile(head, block, part), v.ld, scratch.o.get(), v.ld},
                       true);
@@ -340,7 +341,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
     return &chunk_ds[((query * heads_kv + head) * n + slot) * slot_size];
   };
 
-  const A scale = static_cast<A>(p.softmax_scale), scale_log2 = static_cast<A>(p.softmax_scale * kLog2e);
+  const A scale = static_cast<A>(p.softmax_scale);
   const A* lse = static_cast<const A*>(grads.lse);
   const A* delta = static_cast<const A*>(grads.delta);
   const A* d_o_scale = static_cast<const A*>(grads.d_o_scale);
@@ -372,7 +373,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
                 const int64_t row = token.row * heads_q + head * group;
                 seen.hi = max64(seen.hi, min64(num_keys, batch.visible(j, token.position) - key_begin));
                 load_heads<A, T>(&scratch.q[i * group * ld_qk], ld_qk, p.q, token.row, head * group, group,
-                                 dim_qk);
+                                 dim_qk, [&](int) { return scale; });
                 load_heads<A, T>(&scratch.d_o[i * group * ld_v], ld_v, grads.d_o, token.row, head * group,
                                  group, dim_v, [&](int g) { return d_o_scale ? d_o_scale[row + g] : A(1); });
               }
@@ -392,10 +393,8 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
                 const KeyRange visible{0, min64(num_keys, batch.visible(j, token.position) - key_begin)};
                 for (int g = 0; g < group; ++g) {
                   const int64_t r = i * group + g, row = token.row * heads_q + head * group + g;
-                  probability_row(prob + r * ld, visible, computed, scale_log2,
-                                  lse[row] * static_cast<A>(kLog2e));
-                  if (want_scores)
-                    score_grad_row(ds + r * ld, prob + r * ld, visible, computed, scale, delta[row]);
+                  probability_row(prob + r * ld, visible, computed, lse[row]);
+                  if (want_scores) score_grad_row(ds + r * ld, prob + r * ld, visible, computed, delta[row]);
                 }
                 if (grads.dq && !visible.empty()) {
                   A* kept = ds_of(entry.query, head, entry.slot) + part * group * ld;
@@ -445,7 +444,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
             }
             A* dst = static_cast<A*>(grads.dq) + (token.row * heads_q + head * group) * dim_qk;
             for (int g = 0; g < group; ++g) {
-              for (int d = 0; d < dim_qk; ++d) dst[g * dim_qk + d] += dq[g * ld_qk + d];
+              for (int d = 0; d < dim_qk; ++d) dst[g * dim_qk + d] += scale * dq[g * ld_qk + d];
             }
           }
         });

@@ -151,12 +151,6 @@ inline void load_heads(A* dst, int64_t ld, RowsView view, int64_t token, int64_t
   }
 }
 
-template <typename A, typename T>
-inline void load_heads(A* dst, int64_t ld, RowsView view, int64_t token, int64_t first_head, int group,
-                       int dim) {
-  load_heads<A, T>(dst, ld, view, token, first_head, group, dim, [](int) { return A(1); });
-}
-
 // Keys [lo, hi) of a tile, seen by a row.
 struct KeyRange {
   int64_t lo, hi;
@@ -181,8 +175,10 @@ inline void mask_row(A* s, KeyRange visible, KeyRange computed, A value) {
   for (int64_t n = max64(visible.hi, computed.lo); n < computed.hi; ++n) s[n] = value;
 }
 
-// Running softmax of one row, in base 2: the largest exponent so far, the sum of 2^(exponent - max) (lane by
-// lane) and the unnormalised output.
+// Running softmax of one row: the largest score so far, the sum of exp(score - max) (lane by lane) and the
+// unnormalised output. Scores come with the softmax scale in them (q is scaled when it is loaded), so that
+// score - max and score - lse are taken before anything else is rounded: what is left of a difference of two
+// large numbers is exact.
 template <typename A>
 struct SoftmaxRow {
   A* max;  // one
@@ -191,11 +187,9 @@ struct SoftmaxRow {
   int64_t o_ld;
 };
 
-// s[computed] holds raw scores; they become unnormalised probabilities, and the row's state follows. `scale`
-// is the softmax scale times log2(e). The exponent is one fused multiply-add, so its rounding cancels against
-// that of the maximum.
+// s[computed] holds scores; they become unnormalised probabilities, and the row's state follows.
 template <typename A>
-inline void softmax_row(A* s, KeyRange visible, KeyRange computed, A scale, SoftmaxRow<A> row) {
+inline void softmax_row(A* s, KeyRange visible, KeyRange computed, SoftmaxRow<A> row) {
   constexpr int kL = kLanes<A>;
   if (visible.empty()) {
     for (int64_t n = computed.lo; n < computed.hi; n += kL) store(s + n, Vec<A>{});
@@ -205,20 +199,20 @@ inline void softmax_row(A* s, KeyRange visible, KeyRange computed, A scale, Soft
   Vec<A> high = load(s + computed.lo);
   for (int64_t n = computed.lo + kL; n < computed.hi; n += kL) high = vmax(load(s + n), high);
   const A old_max = *row.max;
-  const A tile_max = reduce_max<A>(high) * scale;
+  const A tile_max = reduce_max<A>(high);
   Vec<A> sum = load(row.sum);
   A max = old_max;
   if (!(tile_max <= old_max)) {  // a NaN goes on as one
     max = tile_max;
     if (old_max > kNegInf<A>) {
-      const Vec<A> shrink = exp2<A>(broadcast(old_max - max));
+      const Vec<A> shrink = exp2<A>(broadcast((old_max - max) * static_cast<A>(kLog2e)));
       sum *= shrink;
       for (int64_t d = 0; d < row.o_ld; d += kL) store(row.o + d, load(row.o + d) * shrink);
     }
     *row.max = max;
   }
   for (int64_t n = computed.lo; n < computed.hi; n += kL) {
-    const Vec<A> p = exp2<A>(load(s + n) * scale - max);
+    const Vec<A> p = exp2<A>((load(s + n) - max) * static_cast<A>(kLog2e));
     sum += p;
     store(s + n, p);
   }
@@ -237,13 +231,13 @@ inline void finish_row(SoftmaxRow<A> row, int dim, T* out, A* lse) {
   const A sum = reduce_sum<A>(load(row.sum));
   const A inverse = 1 / sum;
   for (int d = 0; d < dim; ++d) out[d] = convert<T>(row.o[d] * inverse);
-  *lse = (*row.max + static_cast<A>(__builtin_log2(static_cast<double>(sum)))) * static_cast<A>(kLn2);
+  *lse = *row.max + static_cast<A>(__builtin_log(static_cast<double>(sum)));
 }
 
-// s[computed] holds raw scores; they become probabilities under the final lse (in base 2). Masked keys get
+// s[computed] holds scores; they become probabilities under the final lse. Masked keys get
 // zero.
 template <typename A>
-inline void probability_row(A* s, KeyRange visible, KeyRange computed, A scale, A lse_log2) {
+inline void probability_row(A* s, KeyRange visible, KeyRange computed, A lse) {
   constexpr int kL = kLanes<A>;
   if (visible.empty()) {
     for (int64_t n = computed.lo; n < computed.hi; n += kL) store(s + n, Vec<A>{});
@@ -251,16 +245,17 @@ inline void probability_row(A* s, KeyRange visible, KeyRange computed, A scale, 
   }
   mask_row(s, visible, computed, kNegInf<A>);
   for (int64_t n = computed.lo; n < computed.hi; n += kL)
-    store(s + n, exp2<A>(load(s + n) * scale - lse_log2));
+    store(s + n, exp2<A>((load(s + n) - lse) * static_cast<A>(kLog2e)));
 }
 
-// dp[computed] becomes dS = p * (dP - delta) * scale; exactly zero where masked, whatever dP holds there.
+// dp[computed] becomes the gradient of the scores, p * (dP - delta); exactly zero where masked, whatever dP
+// holds there.
 template <typename A>
-inline void score_grad_row(A* dp, const A* p, KeyRange visible, KeyRange computed, A scale, A delta) {
+inline void score_grad_row(A* dp, const A* p, KeyRange visible, KeyRange computed, A delta) {
   constexpr int kL = kLanes<A>;
   if (!visible.empty()) {
     for (int64_t n = computed.lo; n < computed.hi; n += kL)
-      store(dp + n, load(p + n) * (load(dp + n) - delta) * scale);
+      store(dp + n, load(p + n) * (load(dp + n) - delta));
   }
   mask_row(dp, visible.empty() ? KeyRange{computed.hi, computed.hi} : visible, computed, A(0));
 }
