@@ -11,8 +11,9 @@ A baseline can be exact by luck (a query with one visible key), so a floor is ad
     size of the inputs: gradients that cancel to zero keep the rounding error of what cancelled. fp64 is
     its own reference, whose error is not zero but unmeasured: there the ulps stand for the sums of up to
     some thousand terms on both sides;
-  * one ulp of the largest logit: lse is stored in the accumulator type, so p = exp(logit - lse) of the
-    backward has that relative error, which a baseline that keeps p itself does not make.
+  * half an ulp of the largest logit: lse is rounded once, to be stored in the accumulator type, so
+    p = exp(logit - lse) of the backward has that relative error, which a baseline that keeps p itself
+    does not make.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def floor(exact: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype, logit: 
     """The error that is allowed when the baseline makes none."""
     largest = finite_max(exact)
     acc = accumulator(compute_dtype)
-    ulps = ACCUMULATION_ULPS[acc] + logit
+    ulps = ACCUMULATION_ULPS[acc] + logit / 2
     return torch.finfo(dtype).eps * largest + ulps * torch.finfo(acc).eps * max(1.0, largest)
 
 
