@@ -62,8 +62,8 @@ def learning_rate(step: int, options: Namespace) -> float:
 def rate_scale(name: str, parameter: nn.Parameter, hidden_size: int) -> float:
     """Learning rate of a parameter of NSA relative to that of the other layers.
 
-    Adam moves all weights by about as much, and thereby a sum over n inputs by n times as much. At the rate of
-    the other layers, a gate is closed before its branch has learnt anything, and the compression with its
+    Adam moves all weights by about as much, and thereby a sum over n inputs by n times as much. At the rate
+    of the other layers, a gate is closed before its branch has learnt anything, and the compression with its
     block_size * head_dim inputs never settles.
     """
     if ".gate_proj." in name:
