@@ -26,8 +26,10 @@ struct SupportRow {
 constexpr unsigned kCpuDTypes = bit(DType::kF32) | bit(DType::kF64) | bit(DType::kBF16);
 constexpr unsigned kCudaDTypes = bit(DType::kBF16) | bit(DType::kF16);
 
-#define NSA_PORTABLE_HEAD_DIMS \
-  { {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256} }
+#define NSA_PORTABLE_HEAD_DIMS                               \
+  {                                                          \
+    {64, 64}, {96, 96}, {128, 128}, {192, 128}, { 256, 256 } \
+  }
 
 constexpr SupportRow kSupport[] = {
     {"compress", Path::kCpu, kCpuDTypes, {}},
