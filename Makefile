@@ -61,8 +61,8 @@ sanitize:
 
 # Needs nvcc, but no GPU and no torch. From clean, because only a compilation shows what ptxas says; ccache repeats it.
 ptxas:
-	cmake -S . -B build/ptxas -DNSA_TORCH=OFF -DNSA_CUDA=ON
-	cmake --build build/ptxas --target nsa_cuda --clean-first --parallel $$(nproc) 2>&1 | tee build/ptxas/ptxas.log
+	cmake -S . -B build/ptxas -G "Unix Makefiles" -DNSA_TORCH=OFF -DNSA_CUDA=ON
+	cmake --build build/ptxas --target nsa_cuda --clean-first --parallel $$(nproc) -- -Otarget 2>&1 | tee build/ptxas/ptxas.log
 	$(PYTHON) tools/ptxas_report.py build/ptxas/ptxas.log
 
 demo: build

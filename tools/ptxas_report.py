@@ -70,7 +70,8 @@ def main() -> int:
         return 1
     print(f"{'arch':8} {'regs':>4} {'stack':>6} {'spills':>6} {'smem':>7}  kernel")
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
-        short = re.sub(r"\(.*\)$", "", name.removeprefix("void "))
+        plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+        short = re.sub(r"\(.*\)$", "", re.sub(r"\(\w+\)(?=-?\d)", "", plain))  # no casts, no parameters
         numbers = f"{kernel.registers:4} {kernel.stack:6} {kernel.spills:6} {kernel.shared:7}"
         print(f"{kernel.arch:8} {numbers}  {short}")
     spilling = sum(kernel.spills > 0 for kernel in kernels)
