@@ -42,6 +42,11 @@ class NativeSparseAttention(nn.Module):
     BlockCompression keeps that variance, so that compressed keys compete with the same logits. The gate
     projection starts with zero weights (they learn at once: the branches' outputs differ) and the bias
     ``config.gate_bias``: all gates equal, by default 1/3.
+
+    Training with Adam at a high learning rate: Adam moves every weight by about as much, so a layer's output
+    moves with its fan-in. A gate then closes before its branch has learnt anything, and phi's first layer
+    (fan-in block_size * head_dim) does not settle. Give ``gate_proj`` a tenth of the learning rate and w1 the
+    share hidden_size / fan-in of it, as examples/pretrain.py does.
     """
 
     def __init__(
