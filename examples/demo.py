@@ -44,7 +44,7 @@ OPTIONS = {
     "compress_stride": 16,
     "block_size": 32,
     "num_selected_blocks": 6,
-    "window_size": 192,
+    "window_size": 128,
     "val_sequences": 32,
     "checkpoint_every": 0,
     "threads": 1,
