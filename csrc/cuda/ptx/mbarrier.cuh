@@ -45,4 +45,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   }
 }
 
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+// PTX: mbarrier.arrive.expect_tx (sm_90): arrives, and the phase also waits for so many bytes of bulk copies.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// PTX: fence.mbarrier_init (sm_90): fresh barriers become visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+#endif
+
+// PTX: bar.sync on a named barrier: `threads` threads, whole warps, meet. Number 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 }  // namespace nsa::cuda::ptx

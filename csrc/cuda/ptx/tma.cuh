@@ -1,0 +1,42 @@
+// Bulk tensor copies (TMA, sm_90): a box of a tensor from global into shared memory by one thread's order.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace nsa::cuda::ptx {
+
+// PTX: prefetch.tensormap.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// PTX: cp.async.bulk.tensor.3d, tile mode. Coordinates in elements, innermost dimension first; they may lie
+// outside the tensor, and what does is filled with zeros (and counted like what does not). The barrier gets
+// the bytes of the whole box.
+__device__ __forceinline__ void bulk_load_3d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
+                                             int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+      "%5}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// PTX: cp.async.bulk.tensor.4d, tile mode.
+__device__ __forceinline__ void bulk_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
+                                             int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+      "%5, %6}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// PTX: fence.proxy.async: what this thread wrote to shared memory becomes visible to TMA and wgmma.
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace nsa::cuda::ptx

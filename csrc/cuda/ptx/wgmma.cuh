@@ -1,0 +1,140 @@
+// wgmma (sm_90a): the tensor-core instructions of a warpgroup (four warps), which run beside its other
+// instructions.
+//
+// A product of shape 64 x kN x 16 adds into fp32 registers: acc[i] is row 16 * warp + lane / 4 + 8 * (i / 2 %
+// 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2. Per warp that is the layout of mma.sync.m16n8k16, so both
+// can work on the same registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace nsa::cuda::ptx {
+
+// PTX: wgmma.fence: registers and shared memory written before may be read by the products that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// PTX: wgmma.commit_group.
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// PTX: wgmma.wait_group: at most kPending of the latest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving reads and writes of these registers over this point; no instruction.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+
+// PTX: setmaxnreg: the warpgroup hands back registers, or takes more of them; kCount a multiple of 8.
+template <int kCount>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+#define NSA_ACC_8(i)                                                                                      \
+  "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
+      "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define NSA_ACC_32(i) NSA_ACC_8(i), NSA_ACC_8(i + 8), NSA_ACC_8(i + 16), NSA_ACC_8(i + 24)
+#define NSA_ACC_64(i) NSA_ACC_32(i), NSA_ACC_32(i + 32)
+#define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
+#define NSA_REGISTERS_32                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define NSA_REGISTERS_64                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define NSA_REGISTERS_88                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87"
+
+// One instruction of each form. kRegisters = kN / 2 accumulators come first in the operand list.
+#define NSA_WGMMA_SHARED(kN, kRegisters, type, a, b, flag)                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN        \
+               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 0, 0;\n}" \
+               : NSA_ACC_##kRegisters(0)                                                                     \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define NSA_WGMMA_REGISTERS(kN, kRegisters, type, a0, a1, a2, a3, b, flag)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN     \
+               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, {" a0 ", " a1 ", " a2 ", " a3 \
+                                                                        "}, " b ", p, 1, 1, 1;\n}"        \
+               : NSA_ACC_##kRegisters(0)                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<__half> = true;
+
+// PTX: wgmma.mma_async. acc (+)= A . B^T, both K-major in shared memory: A [64 x 16], B [kN x 16]; acc is
+// written, not added to, where accumulate is false.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_shared(float (&acc)[kN / 2], uint64_t a_desc, uint64_t b_desc,
+                                             bool accumulate) {
+  static_assert(kN == 64 || kN == 128 || kN == 176);
+  if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "f16", "%32", "%33", "%34");
+    if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "f16", "%64", "%65", "%66");
+    if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "f16", "%88", "%89", "%90");
+  } else {
+    if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "bf16", "%32", "%33", "%34");
+    if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "bf16", "%64", "%65", "%66");
+    if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "bf16", "%88", "%89", "%90");
+  }
+}
+
+// PTX: wgmma.mma_async. acc (+)= A . B: A [64 x 16] in registers (the fragments of mma.sync), B [16 x kN] in
+// shared memory with kN contiguous.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint32_t (&a)[4], uint64_t b_desc,
+                                                bool accumulate) {
+  static_assert(kN == 64 || kN == 128);
+  if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68", "%69");
+  } else {
+    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "bf16", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68", "%69");
+  }
+}
+
+#undef NSA_WGMMA_SHARED
+#undef NSA_WGMMA_REGISTERS
+#undef NSA_REGISTERS_32
+#undef NSA_REGISTERS_64
+#undef NSA_REGISTERS_88
+#undef NSA_ACC_8
+#undef NSA_ACC_32
+#undef NSA_ACC_64
+#undef NSA_ACC_88
+
+}  // namespace nsa::cuda::ptx
