@@ -4,11 +4,12 @@
 // rows, so that a key tile is read once for the group. Key tiles come through a ring of two by cp.async. Row
 // r is token r / G, head r % G.
 #include "cuda/portable/config.h"
+#include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 namespace {
 
 // Keys [lo, hi) of a sequence, seen by a row.
@@ -17,8 +18,8 @@ struct Band {
 };
 
 template <int kDimQK, int kDimV>
-struct BandedLayout : portable::BandedConfig<kDimQK, kDimV> {
-  using Config = portable::BandedConfig<kDimQK, kDimV>;
+struct BandedLayout : BandedConfig<kDimQK, kDimV> {
+  using Config = BandedConfig<kDimQK, kDimV>;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kStages = 2;
   static constexpr int kQ = 0;
@@ -163,4 +164,4 @@ Status banded_attention_forward(const BandedAttentionFwdParams& p, const Stream&
   });
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

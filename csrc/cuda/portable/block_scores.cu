@@ -5,19 +5,20 @@
 // sum over the heads, and the weighted sums of neighbouring compressed blocks that make a selection block;
 // the last few columns are kept for the next tile. Choice: one warp per query and KV head.
 #include "cuda/portable/config.h"
+#include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kHalo = 8;      // kept columns: at least l / d - 1
 constexpr int kMaxTaps = 24;  // compressed blocks that touch a selection block: l' / d + l / d - 1
 
 template <int kDim>
-struct ScoresLayout : portable::ScoresConfig<kDim> {
-  using Config = portable::ScoresConfig<kDim>;
+struct ScoresLayout : ScoresConfig<kDim> {
+  using Config = ScoresConfig<kDim>;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kSumPitch = kHalo + Config::kKeys;
   static constexpr int kQ = 0;
@@ -407,14 +408,13 @@ Status launch_scores(const BlockScoresParams& p, const ScoresOutput& output, int
 
 int tokens_per_tile(const BlockScoresParams& p) {
   const bool small = p.shape.head_dim_qk <= 128;
-  return (small ? portable::ScoresConfig<128>::kRows : portable::ScoresConfig<256>::kRows) /
-         padded_group(p.shape.group(),
-                      small ? portable::ScoresConfig<128>::kSlabs : portable::ScoresConfig<256>::kSlabs);
+  return (small ? ScoresConfig<128>::kRows : ScoresConfig<256>::kRows) /
+         padded_group(p.shape.group(), small ? ScoresConfig<128>::kSlabs : ScoresConfig<256>::kSlabs);
 }
 
 // Tiles of queries that select_blocks works on at a time.
 int64_t tiles_per_chunk(const SelectBlocksParams& p, int64_t tile_bytes) {
-  return max64(1, min64(portable::kSelectWorkspaceBytes / tile_bytes,
+  return max64(1, min64(kSelectWorkspaceBytes / tile_bytes,
                         num_sequence_tiles(p.scoring.seqs, tokens_per_tile(p.scoring))));
 }
 
@@ -459,4 +459,4 @@ Status select_blocks(const SelectBlocksParams& p, const Stream& stream) {
   });
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

@@ -4,10 +4,11 @@
 // straight from the tokens (a slice of 32 columns lies within one token), so no unfolded copy exists. PE
 // enters through the bias, since W1 . vec(X + PE) = W1 . vec(X) + W1 . vec(PE). The hidden layer stays in
 // shared memory, 256 columns at a time.
+#include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kRows = 64;
@@ -280,4 +281,4 @@ Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
   });
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

@@ -1,8 +1,9 @@
 // The gate, forward: o = sum over branches of sigmoid(logit) * o_branch. Bound by memory: 16 bytes a thread
 // and branch.
+#include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kThreads = 256;
@@ -69,4 +70,4 @@ Status gated_combine_forward(const GatedCombineFwdParams& p, const Stream& strea
   });
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

@@ -5,12 +5,13 @@
 // a consumer warp owns 16 query rows (the heads of one token, or of a few) and skips blocks that none of its
 // tokens chose. So loads are shared and products exact.
 #include "cuda/portable/config.h"
+#include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 namespace {
 
 // How the heads of a group lie in slabs of 16 rows: padded to a power of two, or to whole slabs.
@@ -31,8 +32,8 @@ struct RowPlan {
 };
 
 template <int kDimQK, int kDimV, int kKeys>
-struct SelectedLayout : portable::SelectedConfig<kDimQK, kDimV> {
-  using Config = portable::SelectedConfig<kDimQK, kDimV>;
+struct SelectedLayout : SelectedConfig<kDimQK, kDimV> {
+  using Config = SelectedConfig<kDimQK, kDimV>;
   static constexpr int kRows = Config::kConsumers * 16;
   static constexpr int kThreads = (Config::kConsumers + Config::kProducers) * 32;
   static constexpr int kBarriers = 0;  // full[kMaxStages], empty[kMaxStages]
@@ -279,4 +280,4 @@ Status selected_attention_forward(const SelectedAttentionFwdParams& p, const Str
   });
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

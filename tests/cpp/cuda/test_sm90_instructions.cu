@@ -11,33 +11,12 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/swizzled_tile.cuh"
+#include "device_memory.h"
 
 namespace nsa::cuda {
 namespace {
 
 constexpr int kAlignment = 1024;
-
-// Device memory that lives as long as the test; values are small integers, so that products are exact.
-template <typename T>
-struct DeviceArray {
-  T* data = nullptr;
-  size_t size;
-
-  explicit DeviceArray(size_t size) : size(size) {
-    cudaMalloc(&data, size * sizeof(T));
-    cudaMemset(data, 0, size * sizeof(T));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    cudaMemcpy(data, values.data(), size * sizeof(T), cudaMemcpyHostToDevice);
-  }
-  DeviceArray(const DeviceArray&) = delete;
-  ~DeviceArray() { cudaFree(data); }
-  std::vector<T> host() const {
-    std::vector<T> values(size);
-    cudaMemcpy(values.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost);
-    return values;
-  }
-};
 
 template <typename T>
 std::vector<T> small_integers(size_t size, unsigned seed) {
@@ -133,11 +112,13 @@ void allow_shared(Kernel kernel, int bytes) {
 template <typename T, int kN, int kDim>
 void check_products() {
   const auto a_host = small_integers<T>(64 * kDim, 1), b_host = small_integers<T>(kN * kDim, 2);
-  const DeviceArray<T> a(a_host), b(b_host);
-  DeviceArray<float> scores(64 * kN), out(64 * kDim);
+  const nsa_test::DeviceArray<T> a(a_host), b(b_host);
+  nsa_test::DeviceArray<float> scores(64 * kN), out(64 * kDim);
   CUtensorMap a_map, b_map;
-  REQUIRE(sm90::make_tensor_map(&a_map, kTestDType<T>, {a.data, kDim, kDim}, 64, 1, kDim, 64, 1));
-  REQUIRE(sm90::make_tensor_map(&b_map, kTestDType<T>, {b.data, kDim, kDim}, kN, 1, kDim, kN, 1));
+  // Named, because nvcc drops the braces of a temporary here.
+  const RowsView a_view{a.data, kDim, kDim}, b_view{b.data, kDim, kDim};
+  REQUIRE(sm90::make_tensor_map(&a_map, kTestDType<T>, a_view, 64, 1, kDim, 64, 1));
+  REQUIRE(sm90::make_tensor_map(&b_map, kTestDType<T>, b_view, kN, 1, kDim, kN, 1));
   const int bytes = kAlignment + swizzled_tile_bytes<kDim>(64 + kN);
   allow_shared(multiply_tiles<T, kN, kDim>, bytes);
   multiply_tiles<T, kN, kDim><<<1, 128, bytes>>>(a_map, b_map, scores.data, out.data);
@@ -162,22 +143,17 @@ void check_products() {
   CHECK(worst_out < 1e-3);
 }
 
-bool is_hopper() {
-  int major = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major == 9;
-}
-
 TEST_CASE("TMA lays a tile out as swizzled_offset says", "[sm90]") {
-  if (!is_hopper()) return;
+  if (!nsa_test::is_hopper()) return;
   constexpr int kRows = 24, kDim = 128, kTotal = 40, kHeads = 3;
   const auto host = small_integers<__nv_bfloat16>(kTotal * kHeads * kDim, 3);
-  const DeviceArray<__nv_bfloat16> x(host);
+  const nsa_test::DeviceArray<__nv_bfloat16> x(host);
   CUtensorMap map;
   REQUIRE(sm90::make_tensor_map(&map, DType::kBF16, {x.data, kHeads * kDim, kDim}, kTotal, kHeads, kDim,
                                 kRows, 1));
   const int bytes = kAlignment + swizzled_tile_bytes<kDim>(kRows);
   for (const int first : {0, 7, 30, -5}) {  // the last two reach beyond the tensor, where zeros are read
-    DeviceArray<__nv_bfloat16> out(kRows * kDim);
+    nsa_test::DeviceArray<__nv_bfloat16> out(kRows * kDim);
     copy_through_tile<__nv_bfloat16, kRows, kDim><<<1, 128, bytes>>>(map, first, 2, out.data);
     REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
     const auto copied = out.host();
@@ -195,10 +171,10 @@ TEST_CASE("TMA lays a tile out as swizzled_offset says", "[sm90]") {
 }
 
 TEST_CASE("a box of more heads than the group has reads zeros for the rest", "[sm90]") {
-  if (!is_hopper()) return;
+  if (!nsa_test::is_hopper()) return;
   CUtensorMap map;
   const auto host = small_integers<__half>(8 * 6 * 64, 4);
-  const DeviceArray<__half> x(host);
+  const nsa_test::DeviceArray<__half> x(host);
   REQUIRE(sm90::make_group_tensor_map(&map, DType::kF16, {x.data, 6 * 64, 64}, 8, 2, 3, 64, 8, 4));
   CHECK_FALSE(sm90::make_group_tensor_map(&map, DType::kF16, {x.data + 1, 6 * 64, 64}, 8, 2, 3, 64, 8, 4));
   CHECK_FALSE(sm90::make_tensor_map(&map, DType::kF16, {x.data, 6 * 64 + 4, 64}, 8, 6, 64, 8, 1));
@@ -206,7 +182,7 @@ TEST_CASE("a box of more heads than the group has reads zeros for the rest", "[s
 }
 
 TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
-  if (!is_hopper()) return;
+  if (!nsa_test::is_hopper()) return;
   check_products<__nv_bfloat16, 64, 64>();
   check_products<__nv_bfloat16, 128, 128>();
   check_products<__nv_bfloat16, 176, 128>();

@@ -1,0 +1,42 @@
+// The one place that chooses between the portable and the Hopper kernels.
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/host/launch_kernel.h"
+#include "cuda/portable/launch.h"
+#include "cuda/sm90/launch.h"
+
+namespace nsa::cuda {
+namespace {
+
+// NSA_CUDA_PATH=portable forces the portable kernels. Read at every call, so that a test can compare both in
+// one process.
+bool use_sm90() {
+  const char* path = std::getenv("NSA_CUDA_PATH");
+  if (path != nullptr && std::strcmp(path, "portable") == 0) return false;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
+}  // namespace
+
+// Operations with Hopper kernels.
+#define NSA_LAUNCH_BEST(name, Params)                                \
+  Status name(const Params& p, const Stream& stream) {               \
+    Status status;                                                   \
+    if (use_sm90() && sm90::name(p, stream, &status)) return status; \
+    return portable::name(p, stream);                                \
+  }
+#define NSA_LAUNCH_PORTABLE(name, Params) \
+  Status name(const Params& p, const Stream& stream) { return portable::name(p, stream); }
+
+NSA_LAUNCH_PORTABLE(banded_attention_forward, BandedAttentionFwdParams)
+NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
+NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
+NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
+NSA_LAUNCH_PORTABLE(compress_forward, CompressFwdParams)
+NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
+
+int64_t select_blocks_workspace(const SelectBlocksParams& p) { return portable::select_blocks_workspace(p); }
+
+}  // namespace nsa::cuda

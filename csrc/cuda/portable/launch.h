@@ -1,0 +1,14 @@
+// The portable launchers, for sm_80 and newer: the fallback of every GPU.
+#pragma once
+
+#include "nsa/launch.h"
+
+namespace nsa::cuda::portable {
+
+#define NSA_DECLARE_PORTABLE(name, Params) Status name(const Params& p, const Stream& stream);
+NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
+#undef NSA_DECLARE_PORTABLE
+
+int64_t select_blocks_workspace(const SelectBlocksParams& p);
+
+}  // namespace nsa::cuda::portable

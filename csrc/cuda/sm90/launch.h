@@ -1,0 +1,8 @@
+// The Hopper launchers. Each returns false, and does nothing, where the shape has no Hopper kernel or a
+// tensor does not suit TMA: then the portable kernel runs. Where it returns true, *status says how the launch
+// went.
+#pragma once
+
+#include "nsa/launch.h"
+
+namespace nsa::cuda::sm90 {}  // namespace nsa::cuda::sm90
