@@ -12,7 +12,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 # What a folder may include: of ours (in quotes), and of others (in angle brackets, as a regular expression).
 STANDARD = r"[a-z_0-9]+(\.h)?"
-CUDA_TOOLKIT = rf"{STANDARD}|cuda/.*|cooperative_groups/.*"
+CUDA_TOOLKIT = rf"{STANDARD}|cudaTypedefs\.h|cuda/.*|cooperative_groups/.*"
 TORCH = rf"{STANDARD}|(torch|ATen|c10)/.*"
 PYBIND = rf"{STANDARD}|pybind11/.*"
 FORBIDDEN_STANDARD = {"nsa": r"(cuda|cublas|nv).*|.*intrin\.h|omp\.h", "cpu": r"(cuda|cublas|nv).*|omp\.h"}

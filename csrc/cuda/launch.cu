@@ -30,13 +30,27 @@ bool use_sm90() {
 #define NSA_LAUNCH_PORTABLE(name, Params) \
   Status name(const Params& p, const Stream& stream) { return portable::name(p, stream); }
 
+// Operations that the CPU alone has so far.
+#define NSA_LAUNCH_NONE(name, Params)                                                \
+  Status name(const Params&, const Stream&) {                                        \
+    return Status::error(StatusCode::kUnsupported, #name " has no CUDA kernel yet"); \
+  }
+
 NSA_LAUNCH_PORTABLE(banded_attention_forward, BandedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
 NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(compress_forward, CompressFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
+NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
+NSA_LAUNCH_NONE(banded_attention_backward, BandedAttentionBwdParams)
+NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
+NSA_LAUNCH_NONE(gated_combine_backward, GatedCombineBwdParams)
+NSA_LAUNCH_NONE(attention_delta, DeltaParams)
 
-int64_t select_blocks_workspace(const SelectBlocksParams& p) { return portable::select_blocks_workspace(p); }
+int64_t workspace_bytes(const SelectBlocksParams& p) { return portable::workspace_bytes(p); }
+int64_t workspace_bytes(const BandedAttentionBwdParams&) { return 0; }
+int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
+int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
 
 }  // namespace nsa::cuda

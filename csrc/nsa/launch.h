@@ -47,12 +47,14 @@ struct Stream {
   void* handle = nullptr;  // cudaStream_t
 };
 
-// sm_80 and newer. Only the forward is here so far.
 #define NSA_DECLARE_CUDA(name, Params) Status name(const Params& p, const Stream& stream);
-NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_CUDA)
+NSA_FOR_EACH_OP(NSA_DECLARE_CUDA)
 #undef NSA_DECLARE_CUDA
 
-// Bytes of SelectBlocksParams::workspace.
-int64_t select_blocks_workspace(const SelectBlocksParams& p);
+// Bytes of device memory behind Params::workspace: a function of shapes alone, 0 for none.
+int64_t workspace_bytes(const SelectBlocksParams& p);
+int64_t workspace_bytes(const BandedAttentionBwdParams& p);
+int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
+int64_t workspace_bytes(const CompressBwdParams& p);
 
 }  // namespace nsa::cuda

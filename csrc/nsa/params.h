@@ -91,6 +91,7 @@ struct BandedAttentionBwdParams {
   double softmax_scale;
   RowsView q, k, v;
   AttentionGrads grads;
+  void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
 struct BlockScoresParams {
@@ -111,7 +112,7 @@ struct SelectBlocksParams {
   BlockScoresParams scoring;  // its scores pointer is not used
   int num_selected_blocks, num_initial_blocks, num_local_blocks;
   int32_t* block_indices;  // [T, Hkv, n], ascending, -1 = unused
-  void* workspace;         // CUDA: select_blocks_workspace(params) bytes; null on the CPU
+  void* workspace;         // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
 struct SelectedAttentionFwdParams {
@@ -140,6 +141,7 @@ struct SelectedAttentionBwdParams {
   RowsView q, k, v;
   const int32_t* block_indices;
   AttentionGrads grads;
+  void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
 // Branches in the order cmp, slc, swa.
@@ -215,6 +217,7 @@ struct CompressBwdParams {
   void* d_b1;
   void* d_w2;
   void* d_b2;
+  void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
 }  // namespace nsa

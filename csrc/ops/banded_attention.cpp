@@ -51,6 +51,7 @@ void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::T
   params.k = rows_view(k_rows);
   params.v = rows_view(v_rows);
   params.grads = grads.params();
+  const at::Tensor workspace = allocate_workspace(k.device(), &params);
   launch(call.op, k.device(), params);
 }
 

@@ -52,9 +52,7 @@ void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor
   params.num_initial_blocks = static_cast<int>(selection.num_initial_blocks);
   params.num_local_blocks = static_cast<int>(selection.num_local_blocks);
   params.block_indices = block_indices.mutable_data_ptr<int32_t>();
-  const at::Tensor workspace =
-      at::empty({select_blocks_workspace(k_cmp.device(), params)}, k_cmp.options().dtype(at::kByte));
-  params.workspace = workspace.mutable_data_ptr();
+  const at::Tensor workspace = allocate_workspace(k_cmp.device(), &params);
   launch(call.op, k_cmp.device(), params);
 }
 

@@ -220,7 +220,10 @@ Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor&
     params.d_b1 = pointer(grads[3]);
     params.d_w2 = pointer(grads[4]);
     params.d_b2 = pointer(grads[5]);
-    if (prepared.params.seqs.batch != 0) launch(kBackward, x.device(), params);
+    if (prepared.params.seqs.batch != 0) {
+      const Tensor workspace = allocate_workspace(x.device(), &params);
+      launch(kBackward, x.device(), params);
+    }
   }
   for (size_t i = 0; i < kNumTensors; ++i) {
     grads[i] = finished_gradient(grads[i], inputs[i].defined() ? inputs[i] : x);

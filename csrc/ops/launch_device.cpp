@@ -1,6 +1,7 @@
 #include "ops/launch_device.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #ifdef NSA_WITH_CUDA
@@ -45,27 +46,30 @@ void launch_cuda(const char* op, c10::Device device, Status (*launcher)(const Pa
 }
 #define NSA_LAUNCH_CUDA(name) \
   if (device.is_cuda()) return launch_cuda(op, device, &cuda::name, params);
+#define NSA_WORKSPACE_CUDA(params) \
+  if (device.is_cuda()) bytes = cuda::workspace_bytes(params);
 #else
 #define NSA_LAUNCH_CUDA(name)
+#define NSA_WORKSPACE_CUDA(params)
 #endif
-#define NSA_LAUNCH_NOTHING(name)
 
-#define NSA_DEFINE_LAUNCH(name, Params, cuda_case)                        \
+#define NSA_DEFINE_LAUNCH(name, Params)                                   \
   void launch(const char* op, c10::Device device, const Params& params) { \
-    cuda_case(name);                                                      \
+    NSA_LAUNCH_CUDA(name)                                                 \
     if (!device.is_cpu()) no_kernel(op, device);                          \
     check_status(op, cpu::name(params, intraop_threads()));               \
   }
-#define NSA_DEFINE_LAUNCH_CUDA(name, Params) NSA_DEFINE_LAUNCH(name, Params, NSA_LAUNCH_CUDA)
-#define NSA_DEFINE_LAUNCH_CPU(name, Params) NSA_DEFINE_LAUNCH(name, Params, NSA_LAUNCH_NOTHING)
-NSA_FOR_EACH_FORWARD_OP(NSA_DEFINE_LAUNCH_CUDA)
-NSA_FOR_EACH_BACKWARD_OP(NSA_DEFINE_LAUNCH_CPU)
+NSA_FOR_EACH_OP(NSA_DEFINE_LAUNCH)
 
-int64_t select_blocks_workspace(c10::Device device, const SelectBlocksParams& params) {
-#ifdef NSA_WITH_CUDA
-  if (device.is_cuda()) return cuda::select_blocks_workspace(params);
-#endif
-  return 0;
-}
+#define NSA_DEFINE_WORKSPACE(Params)                                                \
+  at::Tensor allocate_workspace(c10::Device device, Params* params) {               \
+    int64_t bytes = 0;                                                              \
+    NSA_WORKSPACE_CUDA(*params)                                                     \
+    if (bytes == 0) return {};                                                      \
+    at::Tensor workspace = at::empty({bytes}, at::device(device).dtype(at::kByte)); \
+    params->workspace = workspace.mutable_data_ptr();                               \
+    return workspace;                                                               \
+  }
+NSA_FOR_EACH_WORKSPACE(NSA_DEFINE_WORKSPACE)
 
 }  // namespace nsa::ops

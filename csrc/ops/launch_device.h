@@ -2,7 +2,7 @@
 // belong to.
 #pragma once
 
-#include <c10/core/Device.h>
+#include <ATen/core/Tensor.h>
 
 #include "nsa/launch.h"
 
@@ -14,7 +14,15 @@ namespace nsa::ops {
 NSA_FOR_EACH_OP(NSA_DECLARE_LAUNCH)
 #undef NSA_DECLARE_LAUNCH
 
-// Bytes of device memory that select_blocks wants for its scores.
-int64_t select_blocks_workspace(c10::Device device, const SelectBlocksParams& params);
+// Allocates what the device's kernels want as params->workspace, if anything; keep the tensor until the
+// launch.
+#define NSA_FOR_EACH_WORKSPACE(X) \
+  X(SelectBlocksParams)           \
+  X(BandedAttentionBwdParams)     \
+  X(SelectedAttentionBwdParams)   \
+  X(CompressBwdParams)
+#define NSA_DECLARE_WORKSPACE(Params) at::Tensor allocate_workspace(c10::Device device, Params* params);
+NSA_FOR_EACH_WORKSPACE(NSA_DECLARE_WORKSPACE)
+#undef NSA_DECLARE_WORKSPACE
 
 }  // namespace nsa::ops

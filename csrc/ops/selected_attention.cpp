@@ -46,6 +46,7 @@ void selected_backward(const AttentionCall& call, const at::Tensor& k, const at:
   if (call.batch.empty() || !grads.wanted()) return;
   SelectedLaunch<SelectedAttentionBwdParams> prepared(call, k, v, block_indices, block_size);
   prepared.params.grads = grads.params();
+  const at::Tensor workspace = allocate_workspace(k.device(), &prepared.params);
   launch(call.op, k.device(), prepared.params);
 }
 

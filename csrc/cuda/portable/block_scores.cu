@@ -432,7 +432,7 @@ Status block_scores(const BlockScoresParams& p, const Stream& stream) {
   });
 }
 
-int64_t select_blocks_workspace(const SelectBlocksParams& p) {
+int64_t workspace_bytes(const SelectBlocksParams& p) {
   return tiles_per_chunk(p, scores_tile_bytes(p)) * scores_tile_bytes(p);
 }
 

@@ -9,6 +9,6 @@ namespace nsa::cuda::portable {
 NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
 #undef NSA_DECLARE_PORTABLE
 
-int64_t select_blocks_workspace(const SelectBlocksParams& p);
+int64_t workspace_bytes(const SelectBlocksParams& p);
 
 }  // namespace nsa::cuda::portable
