@@ -40,13 +40,19 @@ NSA_LAUNCH_PORTABLE(banded_attention_forward, BandedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
 NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
-NSA_LAUNCH_PORTABLE(compress_forward, CompressFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
 NSA_LAUNCH_NONE(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
 NSA_LAUNCH_NONE(gated_combine_backward, GatedCombineBwdParams)
 NSA_LAUNCH_NONE(attention_delta, DeltaParams)
+
+Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
+  Status status = portable::compress_bias(p, stream);
+  if (!status.ok()) return status;
+  if (use_sm90() && sm90::compress_forward(p, stream, &status)) return status;
+  return portable::compress_forward(p, stream);
+}
 
 int64_t workspace_bytes(const SelectBlocksParams& p) { return portable::workspace_bytes(p); }
 int64_t workspace_bytes(const BandedAttentionBwdParams&) { return 0; }

@@ -189,6 +189,9 @@ struct DeltaParams {
 
 enum class CompressKind : int8_t { kMlp, kLinear, kMean };
 
+// CUDA splits W1 . vec(PE), which enters the first layer as a bias, into so many partial sums.
+constexpr int kCompressBiasParts = 32;
+
 // phi of one stream. h is 1 (parameters shared over heads) or H.
 struct CompressFwdParams {
   DType dtype;
@@ -205,7 +208,7 @@ struct CompressFwdParams {
   const void* b2;                        // [h, D] or null
   void* out;                             // [S // d, H, D], zeroed by the caller: rows of no block stay zero
   int64_t num_rows;                      // S // d
-  void* workspace;                       // CUDA: [h, F] floats; null on the CPU
+  void* workspace;                       // CUDA: [h, kCompressBiasParts, F] floats; null on the CPU
 };
 
 struct CompressBwdParams {

@@ -124,7 +124,7 @@ struct Prepared {
     params.num_rows = x.size(0) / phi.blocks.stride;
     if (x.is_cuda()) {
       const int64_t heads = phi.per_head ? phi.num_heads : 1;
-      workspace = at::empty({heads, phi.hidden_size}, x.options().dtype(at::kFloat));
+      workspace = at::empty({heads, kCompressBiasParts, phi.hidden_size}, x.options().dtype(at::kFloat));
       params.workspace = workspace.mutable_data_ptr();
     }
     SequenceBatch& seqs = params.seqs;

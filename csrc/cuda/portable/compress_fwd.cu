@@ -2,11 +2,11 @@
 //
 // A thread block owns 64 compressed blocks of one head. The left operand of the first product is read
 // straight from the tokens (a slice of 32 columns lies within one token), so no unfolded copy exists. PE
-// enters through the bias, since W1 . vec(X + PE) = W1 . vec(X) + W1 . vec(PE). The hidden layer stays in
-// shared memory, 256 columns at a time.
+// enters through the bias (compress_bias.cu). The hidden layer stays in shared memory, 256 columns at a time.
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
-#include "cuda/tile/warp_tile.cuh"
+#include "cuda/tile/compress_rows.cuh"
+#include "cuda/tile/warp_gemm.cuh"
 
 namespace nsa::cuda::portable {
 namespace {
@@ -14,87 +14,18 @@ namespace {
 constexpr int kRows = 64;
 constexpr int kColumns = 256;  // of the hidden layer at a time
 constexpr int kSlice = 32;     // of the summed dimension; divides every head dim
-constexpr int kStages = 3;     // with the hidden layer 98.5 KB, below the 99 KB of sm_86
+constexpr int kStages = 3;     // with the hidden layer 99 KB, what sm_86 gives
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kSliceBytes = tile_bytes<kSlice>(kRows) + tile_bytes<kColumns>(kSlice);
 constexpr int kHiddenBytes = tile_bytes<kColumns>(kRows);
 
 template <int kDim>
-constexpr int kSharedBytes = kStages* kSliceBytes + kHiddenBytes + kRows * 16;
+constexpr int kSharedBytes = kStages* kSliceBytes + kHiddenBytes + kRows * 8 + kColumns * 4;
 
 template <typename T>
 __device__ __forceinline__ float load_float(const void* p, int64_t i) {
   return static_cast<float>(static_cast<const T*>(p)[i]);
-}
-
-// bias[h][f] = b1 + sum over k of vec(PE)[k] * W1[k][f].
-constexpr int kBiasColumns = 32, kBiasGroups = 32;
-
-template <typename T>
-__global__ void __launch_bounds__(kBiasColumns* kBiasGroups)
-    compress_bias_portable(const CompressFwdParams p) {
-  __shared__ float partial[kBiasGroups][kBiasColumns];
-  const int column = threadIdx.x % kBiasColumns, part = threadIdx.x / kBiasColumns;
-  const int f = blockIdx.x * kBiasColumns + column;
-  const int64_t h = blockIdx.y, depth = p.blocks.block * p.head_dim;
-  float sum = 0.f;
-  if (p.pe != nullptr && f < p.hidden_size) {
-#pragma unroll 8
-    for (int64_t k = part; k < depth; k += kBiasGroups) {
-      sum += load_float<T>(p.pe, h * depth + k) * load_float<T>(p.w1, (h * depth + k) * p.hidden_size + f);
-    }
-  }
-  partial[part][column] = sum;
-  __syncthreads();
-  if (part != 0 || f >= p.hidden_size) return;
-  for (int i = 1; i < kBiasGroups; ++i) sum += partial[i][column];
-  if (p.b1 != nullptr) sum += load_float<T>(p.b1, h * p.hidden_size + f);
-  static_cast<float*>(p.workspace)[h * p.hidden_size + f] = sum;
-}
-
-// The first token of a compressed row's block in x, or -1 for a row of no block.
-__device__ int64_t first_token(const CompressFwdParams& p, int64_t row) {
-  if (row >= p.num_rows) return -1;
-  int64_t begin = 0, length = p.seqs.max_seqlen_k, first = 0;
-  if (p.seqs.cu_seqlens_k != nullptr) {
-    int64_t low = 0, high = p.seqs.batch;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (p.blocks.first_row(p.seqs.cu_seqlens_k[middle]) <= row ? low : high) = middle;
-    }
-    begin = max64(p.seqs.cu_seqlens_k[low], 0);
-    length = p.seqs.cu_seqlens_k[low + 1] - begin;
-    first = p.blocks.first_row(begin);
-  }
-  const int64_t block = row - first, token = begin + block * p.blocks.stride;
-  const bool exists =
-      block >= 0 && block < p.blocks.count(length) && token + p.blocks.block <= p.seqs.key_rows;
-  return exists ? token : -1;
-}
-
-// acc += A[16 * 2 x kSlice] . B[kSlice x 16 * kPairs] for a warp; B has its columns contiguous.
-template <typename T, int kADim, int kBDim, int kSlabs, int kPairs>
-__device__ __forceinline__ void multiply_slice(float (&acc)[kSlabs][2 * kPairs][4], uint32_t a, uint32_t b,
-                                               int lane) {
-  const uint32_t a_lane = a + ((lane & 15) * kPitch<kADim> + (lane >> 4) * 8) * 2;
-  const uint32_t b_lane = b + (((lane & 7) + ((lane >> 3) & 1) * 8) * kPitch<kBDim> + (lane >> 4) * 8) * 2;
-#pragma unroll
-  for (int k = 0; k < kSlice; k += 16) {
-    uint32_t ra[kSlabs][4];
-#pragma unroll
-    for (int s = 0; s < kSlabs; ++s) ptx::load_matrices(ra[s], a_lane + (s * 16 * kPitch<kADim> + k) * 2);
-#pragma unroll
-    for (int n = 0; n < kPairs; ++n) {
-      uint32_t rb[4];
-      ptx::load_matrices_transposed(rb, b_lane + (k * kPitch<kBDim> + n * 16) * 2);
-#pragma unroll
-      for (int s = 0; s < kSlabs; ++s) {
-        ptx::mma<T>(acc[s][2 * n], ra[s], rb[0], rb[1]);
-        ptx::mma<T>(acc[s][2 * n + 1], ra[s], rb[2], rb[3]);
-      }
-    }
-  }
 }
 
 template <typename T, int kDim>
@@ -103,13 +34,14 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
   const uint32_t base = ptx::shared_address(shared), hidden_tile = base + kStages * kSliceBytes;
   T* hidden = reinterpret_cast<T*>(shared + kStages * kSliceBytes);
   int64_t* tokens = reinterpret_cast<int64_t*>(shared + kStages * kSliceBytes + kHiddenBytes);  // of the rows
+  float* bias = reinterpret_cast<float*>(tokens + kRows);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.y;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int64_t h = p.per_head ? head : 0, depth = p.blocks.block * kDim;
   const bool mlp = p.kind == CompressKind::kMlp;
   int exists = 0;
   if (threadIdx.x < kRows) {
-    tokens[threadIdx.x] = first_token(p, first_row + threadIdx.x);
+    tokens[threadIdx.x] = first_token(p.seqs, p.blocks, p.num_rows, first_row + threadIdx.x);
     exists = tokens[threadIdx.x] >= 0;
   }
   if (__syncthreads_or(exists) == 0) return;
@@ -160,13 +92,16 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
       if (slice < num_slices) load_first(slice, column);
       ptx::async_commit();
     }
+    for (int f = threadIdx.x; f < kColumns; f += kThreads)
+      bias[f] = column + f < p.hidden_size ? first_layer_bias<T>(p, h, column + f) : 0.f;
     for (int slice = 0; slice < num_slices; ++slice) {
       ptx::async_wait<kStages - 2>();
       __syncthreads();
       if (slice + kStages - 1 < num_slices) load_first(slice + kStages - 1, column);
       ptx::async_commit();
       const uint32_t a = base + slice % kStages * kSliceBytes, b = a + tile_bytes<kSlice>(kRows);
-      multiply_slice<T, kSlice, kColumns, 2, 4>(acc, a + tile_bytes<kSlice>(row1), b + column1 * 2, lane);
+      multiply_slice<T, kSlice, kColumns, kSlice, 2, 4>(acc, a + tile_bytes<kSlice>(row1), b + column1 * 2,
+                                                        lane);
     }
     ptx::async_wait<0>();
     __syncthreads();
@@ -174,27 +109,32 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
     // bias and activation, to shared memory
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const int f = column + column1 + n * 8 + (lane & 3) * 2;
-      const bool valid = f < p.hidden_size;
-      const float* bias = static_cast<const float*>(p.workspace) + h * p.hidden_size + f;
-      const float bias0 = valid ? bias[0] : 0.f, bias1 = valid ? bias[1] : 0.f;
+      const int f = column1 + n * 8 + (lane & 3) * 2;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float x = acc[s][n][2 * half] + bias0, y = acc[s][n][2 * half + 1] + bias1;
+          float x = acc[s][n][2 * half] + bias[f], y = acc[s][n][2 * half + 1] + bias[f + 1];
           if (mlp) {
             x = x / (1.f + __expf(-x));
             y = y / (1.f + __expf(-y));
           }
           const int row = row1 + s * 16 + lane / 4 + 8 * half;
-          *reinterpret_cast<uint32_t*>(hidden + row * kPitch<kColumns> + column1 + n * 8 + (lane & 3) * 2) =
-              ptx::pack2<T>(x, y);
+          *reinterpret_cast<uint32_t*>(hidden + row * kPitch<kColumns> + f) = ptx::pack2<T>(x, y);
         }
       }
     }
     __syncthreads();
-    if (!mlp) break;
+    if (!mlp) {  // the first layer is the output, F wide
+      for (int i = threadIdx.x; i < kRows * kColumns / 8; i += kThreads) {
+        const int row = i / (kColumns / 8), f = i % (kColumns / 8) * 8;
+        if (tokens[row] < 0 || column + f >= p.hidden_size) continue;
+        T* dst =
+            static_cast<T*>(p.out) + ((first_row + row) * p.num_heads + head) * p.hidden_size + column + f;
+        *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(hidden + row * kPitch<kColumns> + f);
+      }
+      continue;
+    }
 
     const int slices2 = kColumns / kSlice;
 #pragma unroll
@@ -207,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
       __syncthreads();
       if (slice + kStages - 1 < slices2) load_second(slice + kStages - 1, column);
       ptx::async_commit();
-      multiply_slice<T, kColumns, kDim, 1, kPairs2>(
+      multiply_slice<T, kColumns, kDim, kSlice, 1, kPairs2>(
           out, hidden_tile + (row2 * kPitch<kColumns> + slice * kSlice) * 2,
           base + slice % kStages * kSliceBytes + column2 * 2, lane);
     }
@@ -215,16 +155,7 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
     __syncthreads();
   }
 
-  if (!mlp) {
-    for (int i = threadIdx.x; i < kRows * kDim / 8; i += kThreads) {
-      const int row = i / (kDim / 8), chunk = i % (kDim / 8);
-      if (tokens[row] < 0) continue;
-      T* dst = static_cast<T*>(p.out) + ((first_row + row) * p.num_heads + head) * kDim + chunk * 8;
-      *reinterpret_cast<uint4*>(dst) =
-          *reinterpret_cast<const uint4*>(hidden + row * kPitch<kColumns> + chunk * 8);
-    }
-    return;
-  }
+  if (!mlp) return;
 #pragma unroll
   for (int n = 0; n < 2 * kPairs2; ++n) {
     const int channel = column2 + n * 8 + (lane & 3) * 2;
@@ -241,17 +172,31 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
   }
 }
 
+// Bound by memory: 16 bytes a thread and token.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) compress_mean_fwd_portable(const CompressFwdParams p) {
+  const int chunks = p.head_dim / 8;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int channel = static_cast<int>(i % p.head_dim), head = static_cast<int>(i / p.head_dim % p.num_heads);
-  const int64_t row = i / p.head_dim / p.num_heads, token = first_token(p, row);
+  const int chunk = static_cast<int>(i % chunks), head = static_cast<int>(i / chunks % p.num_heads);
+  const int64_t row = i / chunks / p.num_heads, token = first_token(p.seqs, p.blocks, p.num_rows, row);
   if (token < 0) return;
-  float sum = 0.f;
+  const T* src =
+      static_cast<const T*>(p.x.data) + token * p.x.stride_row + head * p.x.stride_head + chunk * 8;
+  float sum[8] = {};
+#pragma unroll 8
   for (int64_t offset = 0; offset < p.blocks.block; ++offset) {
-    sum += load_float<T>(p.x.data, (token + offset) * p.x.stride_row + head * p.x.stride_head + channel);
+    const uint4 packed = *reinterpret_cast<const uint4*>(src + offset * p.x.stride_row);
+    const T* x = reinterpret_cast<const T*>(&packed);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum[c] += static_cast<float>(x[c]);
   }
-  static_cast<T*>(p.out)[i] = static_cast<T>(sum / static_cast<float>(p.blocks.block));
+  const float share = 1.f / static_cast<float>(p.blocks.block);
+  uint4 packed;
+  packed.x = ptx::pack2<T>(sum[0] * share, sum[1] * share);
+  packed.y = ptx::pack2<T>(sum[2] * share, sum[3] * share);
+  packed.z = ptx::pack2<T>(sum[4] * share, sum[5] * share);
+  packed.w = ptx::pack2<T>(sum[6] * share, sum[7] * share);
+  static_cast<uint4*>(p.out)[i] = packed;
 }
 
 }  // namespace
@@ -264,15 +209,10 @@ Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
   }
   return dispatch_half(p.dtype, [&]<typename T>() {
     if (p.kind == CompressKind::kMean) {
-      const int64_t elements = p.num_rows * p.num_heads * p.head_dim;
+      const int64_t chunks = p.num_rows * p.num_heads * (p.head_dim / 8);
       return launch("compress_mean_fwd_portable", compress_mean_fwd_portable<T>,
-                    dim3(static_cast<unsigned>(ceil_div(elements, kThreads))), kThreads, 0, stream, p);
+                    dim3(static_cast<unsigned>(ceil_div(chunks, kThreads))), kThreads, 0, stream, p);
     }
-    const dim3 bias_grid(static_cast<unsigned>(ceil_div(p.hidden_size, kBiasColumns)),
-                         p.per_head ? p.num_heads : 1);
-    const Status status = launch("compress_bias_portable", compress_bias_portable<T>, bias_grid,
-                                 kBiasColumns * kBiasGroups, 0, stream, p);
-    if (!status.ok()) return status;
     return dispatch<64, 96, 128, 192, 256>("head_dim", p.head_dim, [&]<int kDim>() {
       const dim3 grid(static_cast<unsigned>(ceil_div(p.num_rows, kRows)), static_cast<unsigned>(p.num_heads));
       return launch("compress_fwd_portable", compress_fwd_portable<T, kDim>, grid, kThreads,

@@ -9,6 +9,9 @@ namespace nsa::cuda::portable {
 NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
 #undef NSA_DECLARE_PORTABLE
 
+// The partial sums of W1 . vec(PE) that every compress_forward of the device reads.
+Status compress_bias(const CompressFwdParams& p, const Stream& stream);
+
 int64_t workspace_bytes(const SelectBlocksParams& p);
 
 }  // namespace nsa::cuda::portable

@@ -15,6 +15,16 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
+// PTX: mbarrier.arrive under a predicate: no branch, which between the issue of a wgmma and its wait would
+// serialise it.
+__device__ __forceinline__ void barrier_arrive_if(uint32_t barrier, bool arrives) {
+  asm volatile(
+      "{\n.reg .b64 state;\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 state, "
+      "[%0];\n}" ::"r"(barrier),
+      "r"(static_cast<int>(arrives))
+      : "memory");
+}
+
 // PTX: cp.async.mbarrier.arrive.noinc: arrives when this thread's asynchronous copies so far have landed.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");

@@ -50,6 +50,7 @@ __device__ __forceinline__ void claim_registers() {
 #define NSA_ACC_32(i) NSA_ACC_8(i), NSA_ACC_8(i + 8), NSA_ACC_8(i + 16), NSA_ACC_8(i + 24)
 #define NSA_ACC_64(i) NSA_ACC_32(i), NSA_ACC_32(i + 32)
 #define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
+#define NSA_ACC_128(i) NSA_ACC_64(i), NSA_ACC_64(i + 64)
 #define NSA_REGISTERS_32                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, "         \
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \
@@ -76,11 +77,33 @@ __device__ __forceinline__ void claim_registers() {
   "%64, %65, %66, %67, %68, %69, %70, %71, " \
   "%72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87"
+#define NSA_REGISTERS_128                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "                 \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, "         \
+  "%24, %25, %26, %27, %28, %29, %30, %31, "         \
+  "%32, %33, %34, %35, %36, %37, %38, %39, "         \
+  "%40, %41, %42, %43, %44, %45, %46, %47, "         \
+  "%48, %49, %50, %51, %52, %53, %54, %55, "         \
+  "%56, %57, %58, %59, %60, %61, %62, %63, "         \
+  "%64, %65, %66, %67, %68, %69, %70, %71, "         \
+  "%72, %73, %74, %75, %76, %77, %78, %79, "         \
+  "%80, %81, %82, %83, %84, %85, %86, %87, "         \
+  "%88, %89, %90, %91, %92, %93, %94, %95, "         \
+  "%96, %97, %98, %99, %100, %101, %102, %103, "     \
+  "%104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, " \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
 
 // One instruction of each form. kRegisters = kN / 2 accumulators come first in the operand list.
 #define NSA_WGMMA_SHARED(kN, kRegisters, type, a, b, flag)                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN        \
                "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 0, 0;\n}" \
+               : NSA_ACC_##kRegisters(0)                                                                     \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define NSA_WGMMA_NATURAL(kN, kRegisters, type, a, b, flag)                                                  \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN        \
+               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 0, 1;\n}" \
                : NSA_ACC_##kRegisters(0)                                                                     \
                : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
 #define NSA_WGMMA_REGISTERS(kN, kRegisters, type, a0, a1, a2, a3, b, flag)                                \
@@ -112,6 +135,21 @@ __device__ __forceinline__ void wgmma_shared(float (&acc)[kN / 2], uint64_t a_de
   }
 }
 
+// PTX: wgmma.mma_async. acc (+)= A . B, both in shared memory: A [64 x 16] K-major, B [16 x kN] with kN
+// contiguous.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_shared_natural(float (&acc)[kN / 2], uint64_t a_desc, uint64_t b_desc,
+                                                     bool accumulate) {
+  static_assert(kN == 128 || kN == 256);
+  if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 128) NSA_WGMMA_NATURAL(128, 64, "f16", "%64", "%65", "%66");
+    if constexpr (kN == 256) NSA_WGMMA_NATURAL(256, 128, "f16", "%128", "%129", "%130");
+  } else {
+    if constexpr (kN == 128) NSA_WGMMA_NATURAL(128, 64, "bf16", "%64", "%65", "%66");
+    if constexpr (kN == 256) NSA_WGMMA_NATURAL(256, 128, "bf16", "%128", "%129", "%130");
+  }
+}
+
 // PTX: wgmma.mma_async. acc (+)= A . B: A [64 x 16] in registers (the fragments of mma.sync), B [16 x kN] in
 // shared memory with kN contiguous.
 template <typename T, int kN>
@@ -128,13 +166,16 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint
 }
 
 #undef NSA_WGMMA_SHARED
+#undef NSA_WGMMA_NATURAL
 #undef NSA_WGMMA_REGISTERS
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_64
 #undef NSA_REGISTERS_88
+#undef NSA_REGISTERS_128
 #undef NSA_ACC_8
 #undef NSA_ACC_32
 #undef NSA_ACC_64
 #undef NSA_ACC_88
+#undef NSA_ACC_128
 
 }  // namespace nsa::cuda::ptx

@@ -5,4 +5,8 @@
 
 #include "nsa/launch.h"
 
-namespace nsa::cuda::sm90 {}  // namespace nsa::cuda::sm90
+namespace nsa::cuda::sm90 {
+
+bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
+
+}  // namespace nsa::cuda::sm90
