@@ -46,15 +46,17 @@ def main() -> None:
 
 def print_comparison(old: dict, new: dict, old_name: str, new_name: str) -> None:
     print(f"old: {old_name}   new: {new_name}")
-    line = "{:>7}  {:<26} {:<10} {:<9} {:<7} {:>11} {:>11} {:>8}  {}"
-    print(line.format("length", "op", "impl", "direction", "data", "old ms", "new ms", "new/old", "verdict"))
+    line = "{:>7} {:<13} {:<26} {:<12} {:<9} {:<7} {:>11} {:>11} {:>8}  {}"
+    headings = ("length", "heads, dims", "op", "impl", "direction", "data", "old ms", "new ms", "new/old")
+    print(line.format(*headings, "verdict"))
     shared = [key for key in old if key in new]
     for key in shared:
-        _, op, impl, direction, data, length = key
+        _, op, impl, direction, data, length, *shape = key
         before, after = old[key], new[key]
         ratio = after["ms"] / before["ms"]
         cells = (f"{before['ms']:.3f}", f"{after['ms']:.3f}", f"{ratio:.3f}", verdict(before, after))
-        print(line.format(length, op, impl, direction, data, *cells))
+        heads_dims = "{}/{} {}/{}".format(*shape)
+        print(line.format(length, heads_dims, op, impl, direction, data, *cells))
     slower, faster = (
         [key for key in shared if verdict(old[key], new[key]) == word] for word in ("slower", "faster")
     )

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from registry import ROOT, load_nsa_ext
+from implementations.nsa import ROOT, load_nsa_ext
 
 
 def describe_machine(device: str) -> dict:

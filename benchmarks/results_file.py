@@ -4,7 +4,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-Key = tuple[str, str, str, str, str, int]
+KEY = ("suite", "op", "impl", "direction", "data", "length")
+KEY += ("num_heads_q", "num_heads_kv", "head_dim_qk", "head_dim_v")
+Key = tuple[str | int, ...]
 
 
 def load(path: Path) -> dict:
@@ -16,10 +18,7 @@ def load(path: Path) -> dict:
 
 def by_key(rows: list[dict]) -> dict[Key, dict]:
     """Rows by what they measure."""
-    return {
-        tuple(row[name] for name in ("suite", "op", "impl", "direction", "data", "length")): row
-        for row in rows
-    }
+    return {tuple(row[name] for name in KEY): row for row in rows}
 
 
 def by_impl(rows: list[dict], op: str, direction: str, data: str) -> dict[str, dict[int, dict]]:
@@ -32,11 +31,15 @@ def by_impl(rows: list[dict], op: str, direction: str, data: str) -> dict[str, d
 
 
 def caption(machine: dict, rows: list[dict]) -> str:
-    """One line that says what was measured on what."""
-    row = rows[0]
-    heads = f"{row['num_heads_q']} query / {row['num_heads_kv']} KV heads"
-    dims = f"dim {row['head_dim_qk']}, {row['dtype']}"
+    """One line that says what was measured on what; heads and dims only where all rows share them."""
+    shared = {
+        (row["num_heads_q"], row["num_heads_kv"], row["head_dim_qk"], row["head_dim_v"]) for row in rows
+    }
+    words = [rows[0]["dtype"]]
+    if len(shared) == 1:
+        heads_q, heads_kv, dim_qk, dim_v = shared.pop()
+        dims = f"dim {dim_qk}" if dim_qk == dim_v else f"dims {dim_qk} and {dim_v}"
+        words = [f"{heads_q} query / {heads_kv} KV heads", dims, *words]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['isa_torch']}, {machine['threads']} threads"
-    return (
-        f"{heads}, {dims}; {device}; torch {machine['torch']}; {machine['date'][:10]}, {machine['revision']}"
-    )
+    when = f"{machine['date'][:10]}, {machine['revision']}"
+    return f"{', '.join(words)}; {device}; torch {machine['torch']}; {when}"

@@ -1,10 +1,13 @@
-"""Prints the markdown table of a results file, or puts it into a document between its markers.
+"""Prints a markdown table of a results file, or puts it into a document between its markers.
 
-    python benchmarks/table.py results.json
+    python benchmarks/table.py results.json                          attention beside dense attention
+    python benchmarks/table.py results.json --data smooth
+    python benchmarks/table.py results.json --view ops               ms of every op of nsa
     python benchmarks/table.py results.json --into README.md
 
-The markers are the lines `<!-- benchmark: SUITE -->` and `<!-- end of benchmark -->`.
-
+The markers are the lines `<!-- benchmark: NAME -->` and `<!-- end of benchmark -->`. NAME is the suite, then
+the view if it is not `attention`, then the data if they are not random: `training`, `training smooth`,
+`training ops`.
 """
 
 import argparse
@@ -12,9 +15,9 @@ import re
 from pathlib import Path
 
 import results_file
+from suites import DIRECTIONS
 
 END = "<!-- end of benchmark -->"
-DIRECTIONS = ("forward", "backward", "step")
 
 
 def main() -> None:
@@ -22,17 +25,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--op", default="attention")
+    parser.add_argument("--view", choices=sorted(VIEWS), default="attention")
     parser.add_argument("--data", default="random")
+    parser.add_argument("--impls", nargs="+", help="only these implementations (default: all)")
     parser.add_argument("--into", type=Path, metavar="FILE.md", help="replace the table between the markers")
     args = parser.parse_args()
 
     result = results_file.load(args.results)
-    text = markdown(result, args.op, args.data)
+    text = markdown(result, args.view, args.data, args.impls)
     if args.into is None:
         print(text)
         return
-    begin = f"<!-- benchmark: {result['rows'][0]['suite']} -->"
+    suite = result["rows"][0]["suite"]
+    words = (suite, args.view if args.view != "attention" else "", args.data if args.data != "random" else "")
+    begin = f"<!-- benchmark: {' '.join(word for word in words if word)} -->"
     document = args.into.read_text()
     between = re.compile(f"{re.escape(begin)}.*?{re.escape(END)}", re.DOTALL)
     if not between.search(document):
@@ -40,32 +46,62 @@ def main() -> None:
     args.into.write_text(between.sub(lambda _: f"{begin}\n{text}\n{END}", document))
 
 
-def markdown(result: dict, op: str, data: str) -> str:
-    """Per length: ms of each implementation, nsa's speed-up, peak memory of the last direction."""
-    rows = [row for row in result["rows"] if row["op"] == op and row["data"] == data]
-    if not rows:
-        raise SystemExit(f"no rows of {op} on {data} data")
-    tables = {direction: results_file.by_impl(rows, op, direction, data) for direction in DIRECTIONS}
-    tables = {direction: table for direction, table in tables.items() if table}
+def markdown(result: dict, view: str, data: str, impls: list[str] | None = None) -> str:
+    rows = [row for row in result["rows"] if row["data"] == data and (impls is None or row["impl"] in impls)]
+    header, lines, shown = VIEWS[view](rows)
+    if not lines:
+        raise SystemExit(f"no rows on {data} data for the view {view}")
+    table = ["| " + " | ".join(cells) + " |" for cells in (header, *lines)]
+    table.insert(1, "|" + " ---: |" * len(header))
+    caption = f"{data} data; {results_file.caption(result['machine'], shown)}"
+    return "\n".join([*table, "", f"{caption}: `{result['machine']['command']}`"])
+
+
+Table = tuple[list[str], list[list[str]], list[dict]]  # header, lines, the rows that they show
+
+
+def attention_table(rows: list[dict]) -> Table:
+    """Per direction, shape and length: ms of each implementation, nsa's speed-up, peak memory."""
+    rows = [row for row in rows if row["op"] == "attention"]
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     others = [impl for impl in impls if impl != "nsa"] if "nsa" in impls else []
+    by_point: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        shape = tuple(row[name] for name in results_file.KEY[6:])
+        by_point.setdefault((DIRECTIONS.index(row["direction"]), shape, row["length"]), {})[row["impl"]] = row
+    several_shapes = len({shape for _, shape, _ in by_point}) > 1
+    has_floor = any(row.get("floor_share") for row in rows)
 
-    header = ["T"]
-    for direction in tables:
-        header += [f"{direction}, {impl} ms" for impl in impls] + [f"x {impl}" for impl in others]
-    last = list(tables)[-1]
-    header += [f"{last} peak, {impl} MiB" for impl in impls]
-    lines = ["| " + " | ".join(header) + " |", "|" + " ---: |" * len(header)]
-    for length in sorted({row["length"] for row in rows}):
-        cells = [f"{length:,}"]
-        for table in tables.values():
-            found = {impl: table.get(impl, {}).get(length) for impl in impls}
-            cells += [_milliseconds(found[impl]) for impl in impls]
-            cells += [_speedup(found["nsa"], found[impl]) for impl in others]
-        cells += [_mebibytes(tables[last].get(impl, {}).get(length)) for impl in impls]
-        lines.append("| " + " | ".join(cells) + " |")
-    caption = results_file.caption(result["machine"], rows)
-    return "\n".join([*lines, "", f"{op}, {data} data; {caption}: `{result['machine']['command']}`"])
+    header = ["", *(["query / KV heads", "dims"] if several_shapes else []), "T"]
+    header += [f"{impl} ms" for impl in impls] + [f"x {impl}" for impl in others]
+    header += ["share of the floor"] if has_floor else []
+    header += [f"peak, {impl} MiB" for impl in impls]
+    lines = []
+    for (direction, shape, length), found in sorted(by_point.items(), key=lambda point: point[0]):
+        nsa = found.get("nsa")
+        cells = [DIRECTIONS[direction]]
+        cells += [f"{shape[0]} / {shape[1]}", f"{shape[2]}, {shape[3]}"] if several_shapes else []
+        cells += [f"{length:,}", *(_milliseconds(found.get(impl)) for impl in impls)]
+        cells += [_speedup(nsa, found.get(impl)) for impl in others]
+        cells += [_percent(nsa)] if has_floor else []
+        cells += [_mebibytes(found.get(impl)) for impl in impls]
+        lines.append(cells)
+    return header, lines, rows
+
+
+def ops_table(rows: list[dict]) -> Table:
+    """Per direction and op: ms of nsa at each length."""
+    rows = [row for row in rows if row["impl"] == "nsa"]
+    lengths = sorted({row["length"] for row in rows})
+    lines = []
+    for direction in DIRECTIONS:
+        for op in dict.fromkeys(row["op"] for row in rows if row["direction"] == direction):
+            found = results_file.by_impl(rows, op, direction, rows[0]["data"])["nsa"]
+            lines.append([direction, op.replace("_", " "), *(_milliseconds(found.get(t)) for t in lengths)])
+    return ["", "op", *(f"{length:,} ms" for length in lengths)], lines, rows
+
+
+VIEWS = {"attention": attention_table, "ops": ops_table}
 
 
 def _milliseconds(row: dict | None) -> str:
@@ -74,6 +110,10 @@ def _milliseconds(row: dict | None) -> str:
 
 def _speedup(row: dict | None, other: dict | None) -> str:
     return "" if row is None or other is None else f"**{other['ms'] / row['ms']:.2f}**"
+
+
+def _percent(row: dict | None) -> str:
+    return "" if row is None or not row.get("floor_share") else f"{row['floor_share']:.0%}"
 
 
 def _mebibytes(row: dict | None) -> str:

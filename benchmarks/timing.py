@@ -1,24 +1,19 @@
-"""The burst median, and peak memory.
+"""The burst median.
 
-Burst median: rounds in which every implementation in turn gets a burst of back-to-back calls, with a pause
-between bursts; the median over all calls of all rounds. So drifts of clocks and temperature meet every
-implementation alike. Fully isolated calls would expose launch latency and clock ramps, sustained ones
-the power cap.
+Rounds in which every implementation in turn gets a burst of back-to-back calls, with a pause between bursts;
+the median over all calls of all rounds. So drifts of clocks and temperature meet every implementation alike.
+Fully isolated calls would expose launch latency and clock ramps, sustained ones the power cap.
 """
 
-import ctypes
 import gc
 import itertools
-import multiprocessing
-import os
-import sys
+import statistics
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 
 import torch
-from registry import REGISTRY, Case, Workload
+from clocks import sm_mhz
 
 
 @dataclass(frozen=True)
@@ -27,14 +22,14 @@ class Method:
     min_calls: int = 3  # of one burst
     pause_ms: float = 100  # between bursts
     rounds: int = 10
-    min_rounds: int = 3
-    budget_s: float = 1800  # rounds beyond min_rounds stop when they have taken this long
+    min_rounds: int = 2
+    budget_s: float = 30  # rounds beyond min_rounds stop when they have taken this long
 
 
 # A CPU call takes seconds at the longest lengths: there a burst is one call, and time limits the rounds.
 METHODS = {
     "cuda": Method(),
-    "cpu": Method(min_calls=1, pause_ms=20, budget_s=60),
+    "cpu": Method(min_calls=1, pause_ms=20, min_rounds=3, budget_s=60),
 }
 
 
@@ -44,19 +39,32 @@ class Timing:
     p10_ms: float
     p90_ms: float
     calls: int
+    rounds: int
+    sm_mhz: float | None  # median over the bursts
 
 
 Call = Callable[[], object]
 
 
-def measure(calls: dict[Hashable, Call], device: str, method: Method) -> dict[Hashable, Timing]:
-    """Times every call by bursts in turn."""
-    time_calls = _time_cuda_calls if device == "cuda" else _time_cpu_calls
-    samples: dict[Hashable, list[float]] = {key: [] for key in calls}
-    estimate_ms = {}
-    for key, call in calls.items():
-        time_calls(call, 1)  # first call: lazy initialisation
+def measure(
+    prepare: dict[Hashable, Callable[[], Call]], device: str, method: Method
+) -> dict[Hashable, Timing]:
+    """Times what every prepare() returns by bursts in turn. Each has run once before: lazy initialisation.
+
+    On a GPU a call is prepared for each burst and dropped afterwards: the graphs that backward calls hold
+    would not fit all at once.
+    """
+    is_cuda = device == "cuda"
+    time_calls = _time_cuda_calls if is_cuda else _time_cpu_calls
+    samples: dict[Hashable, list[float]] = {key: [] for key in prepare}
+    clocks: dict[Hashable, list[int]] = {key: [] for key in prepare}
+    estimate_ms, kept = {}, {}
+    for key, make in prepare.items():
+        call = make()
         estimate_ms[key] = time_calls(call, 1)[0]
+        if not is_cuda:
+            kept[key] = call
+        del call
     gc.collect()
     gc.disable()
     try:
@@ -65,24 +73,27 @@ def measure(calls: dict[Hashable, Call], device: str, method: Method) -> dict[Ha
             elapsed = time.perf_counter() - begin
             if completed >= method.min_rounds and elapsed + elapsed / completed > method.budget_s:
                 break
-            for key, call in calls.items():
+            for key, make in prepare.items():
+                call = kept.get(key) or make()
                 count = max(method.min_calls, round(method.burst_ms / estimate_ms[key]))
                 if count > 1:
                     time_calls(call, 1)  # untimed: brings caches and clocks back
-                samples[key] += time_calls(call, count)
+                samples[key] += time_calls(call, count, clocks[key])
+                del call
                 time.sleep(method.pause_ms / 1e3)
+            rounds = completed + 1
     finally:
         gc.enable()
-    return {key: summarize(ms) for key, ms in samples.items()}
+    return {key: summarize(samples[key], rounds, clocks[key]) for key in prepare}
 
 
-def summarize(ms: list[float]) -> Timing:
+def summarize(ms: list[float], rounds: int, clocks: list[int]) -> Timing:
     values = torch.tensor(ms, dtype=torch.float64)
     p10, median, p90 = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-    return Timing(median, p10, p90, len(ms))
+    return Timing(median, p10, p90, len(ms), rounds, statistics.median(clocks) if clocks else None)
 
 
-def _time_cpu_calls(call: Call, count: int) -> list[float]:
+def _time_cpu_calls(call: Call, count: int, clocks: list[int] | None = None) -> list[float]:
     ms = []
     for _ in range(count):
         begin = time.perf_counter()
@@ -91,113 +102,15 @@ def _time_cpu_calls(call: Call, count: int) -> list[float]:
     return ms
 
 
-def _time_cuda_calls(call: Call, count: int) -> list[float]:
+def _time_cuda_calls(call: Call, count: int, clocks: list[int] | None = None) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
+    clock = None if clocks is None else sm_mhz()  # the GPU is still at work
     torch.cuda.synchronize()
+    if clock is not None:
+        clocks.append(clock)
     return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
-
-
-# ---- Peak memory beyond the inputs (outputs, saved tensors, gradients and workspaces count) ----
-
-
-def peak_memory(
-    op: str,
-    impl: str,
-    case: Case,
-    threads: int | None = None,
-    directions: tuple[str, ...] = ("forward", "backward", "step"),
-) -> dict[str, int | None]:
-    """Bytes per direction; None where the system does not tell."""
-    if case.device == "cuda":
-        return _peak_by_direction(REGISTRY[op][impl](case), _CudaMeter(), directions)
-    if not _CpuMeter.is_supported():
-        return dict.fromkeys(("forward", "backward", "step"))
-    # A process of its own: nothing that earlier calls left to the allocator can hide what this one needs.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timing"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_cpu_memory, args=(op, impl, case, threads, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        message = (
-            f"the process that measures the peak memory of {op} by {impl} exited with {process.exitcode}"
-        )
-        raise RuntimeError(message) from None
-    finally:
-        process.join()
-
-
-def _peak_by_direction(
-    workload: Workload,
-    meter: "_CpuMeter | _CudaMeter",
-    directions: tuple[str, ...] = ("forward", "backward", "step"),
-) -> dict[str, int | None]:
-    start = meter.reset()
-    outputs = workload.forward()
-    peaks = {"forward": meter.peak() - start}
-    if "backward" in workload.directions() and "backward" in directions:
-        held = meter.reset() - start
-        workload.grad_outputs(outputs)  # the caller's memory
-        before = meter.reset()
-        workload.backward(outputs)
-        peaks["backward"] = meter.peak() - before
-        peaks["step"] = max(peaks["forward"], held + peaks["backward"])
-    return peaks
-
-
-class _CudaMeter:
-    def reset(self) -> int:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-
-
-class _CpuMeter:
-    """Resident set and its high-water mark, as Linux keeps them for a process."""
-
-    M_MMAP_THRESHOLD = -3
-
-    def __init__(self) -> None:
-        # glibc: give every large block its own pages, so that freed memory leaves the resident set at once.
-        ctypes.CDLL(None).mallopt(self.M_MMAP_THRESHOLD, 64 * 1024)
-
-    @staticmethod
-    def is_supported() -> bool:
-        return sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
-
-    def reset(self) -> int:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        return self._status("VmRSS")
-
-    def peak(self) -> int:
-        return self._status("VmHWM")
-
-    @staticmethod
-    def _status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            line = next(line for line in file if line.startswith(name))
-        return int(line.split()[1]) * 1024
-
-
-def _peak_cpu_memory(op: str, impl: str, case: Case, threads: int | None, sender: Connection) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    meter = _CpuMeter()
-    # Code, thread stacks and library tables become resident with a small case, and are not counted.
-    small = REGISTRY[op][impl](replace(case, length=min(case.length, 256)))
-    small.call(small.directions()[-1])()
-    sender.send(_peak_by_direction(REGISTRY[op][impl](case), meter))
