@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-CUDA_HEAD_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
+CUDA_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +108,14 @@ class Case:
                 mask[begin : begin + (self.num_compressed(b) - 1) * stride + length] = True
         return mask
 
-    def runs_natively_on_cuda(self) -> bool:
+    def on_cuda(self) -> "Case":
+        """The nearest shape with native kernels: lengths, heads, chunks and paddings stay."""
         length, stride = self.compress
-        return (
-            self.dims in CUDA_HEAD_DIMS
-            and length % 8 == 0
-            and stride % 8 == 0
-            and length <= 64
-            and self.block_size in (32, 64, 128)
-            and self.select[0] <= 64
-        )
+        if length % 8 or stride % 8 or length > 64:
+            length, stride = 32, 16
+        dims = self.dims if self.dims in CUDA_HEAD_DIMS else (64, 64)
+        block_size = self.block_size if self.block_size in (32, 64, 128) else 64
+        return dataclasses.replace(self, dims=dims, compress=(length, stride), block_size=block_size)
 
 
 CASES = (
@@ -167,10 +165,18 @@ def case(name: str) -> Case:
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
+# The best path of the GPU, and the one that the marker `portable` forces.
+CUDA_PATHS = ("auto", pytest.param("portable", marks=pytest.mark.portable))
+_CUDA_MARKS = {"cuda": (pytest.mark.gpu,), "portable": (pytest.mark.gpu, pytest.mark.portable)}
 TARGETS = tuple(pytest.param("cpu", dtype, id=f"cpu-{str(dtype)[6:]}") for dtype in CPU_DTYPES) + tuple(
-    pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu) for dtype in CUDA_DTYPES
+    pytest.param("cuda", dtype, id=f"{name}-{str(dtype)[6:]}", marks=marks)
+    for name, marks in _CUDA_MARKS.items()
+    for dtype in CUDA_DTYPES
 )
-DEVICES = (pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
+DEVICES = (
+    pytest.param("cpu", id="cpu"),
+    *(pytest.param("cuda", id=name, marks=marks) for name, marks in _CUDA_MARKS.items()),
+)
 
 by_target = pytest.mark.parametrize(("device", "dtype"), TARGETS)
 by_device = pytest.mark.parametrize("device", DEVICES)

@@ -6,9 +6,11 @@ import os
 # as soon as the machine does anything else. Read when torch is loaded, so this comes first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from collections.abc import Generator
+
 import pytest
 import torch
-from cases import Case
+from cases import CUDA_PATHS, Case
 
 
 def cuda_reason() -> str | None:
@@ -22,24 +24,42 @@ def cuda_reason() -> str | None:
     return None
 
 
-# Files that need nothing but the forward on a GPU; what else is marked `gpu` differentiates.
-FORWARD_ON_CUDA = ("test_cuda_forward.py", "test_cuda_runtime.py")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reason = cuda_reason() if any("gpu" in item.keywords for item in items) else None
     for item in items:
         if "gpu" not in item.keywords:
             continue
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif item.path.name not in FORWARD_ON_CUDA:
-            item.add_marker(pytest.mark.skip(reason="the backward has no CUDA kernels yet"))
-        elif isinstance(case, Case) and not case.runs_natively_on_cuda():
-            item.add_marker(pytest.mark.skip(reason="not a shape of the CUDA support table"))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if isinstance(parameters.get("case"), Case):
+            parameters["case"] = parameters["case"].on_cuda()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """An operator that only the CPU has so far says so: its tests on a GPU are skipped."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "gpu" in item.keywords and "has no CUDA kernel yet" in str(error):
+            pytest.skip(str(error).splitlines()[0])
+        raise
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forced_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker `portable` forces the portable CUDA kernels; without it, the best path of the GPU runs."""
+    if request.node.get_closest_marker("portable"):
+        monkeypatch.setenv("NSA_CUDA_PATH", "portable")
+
+
+@pytest.fixture(params=CUDA_PATHS)
+def cuda_path(request: pytest.FixtureRequest) -> str:
+    """For tests that run on both paths of a GPU."""
+    return request.param

@@ -22,23 +22,37 @@ def as_tuple(result: Tensor | tuple) -> tuple:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def run(
-    fn: Callable, tensors: Tensors, rest: Sequence, wanted: Sequence[str], d_o: Tensor | None
-) -> tuple[tuple, dict[str, Tensor]]:
-    """fn(*tensors, *rest) -> its outputs, and the gradients of the first one for the wanted tensors."""
+def forward(
+    fn: Callable, tensors: Tensors, rest: Sequence, wanted: Sequence[str]
+) -> tuple[dict[str, Tensor | None], tuple]:
+    """fn(*tensors, *rest) -> the leaves that it was called with, and its outputs."""
     leaves = {
         name: t.detach().requires_grad_(name in wanted) if isinstance(t, Tensor) else None
         for name, t in tensors.items()
     }
-    outputs = as_tuple(fn(*leaves.values(), *rest))
+    return leaves, as_tuple(fn(*leaves.values(), *rest))
+
+
+def gradients(
+    leaves: Tensors, outputs: tuple, wanted: Sequence[str], d_o: Tensor | None
+) -> dict[str, Tensor]:
+    """Gradients of the first output for the wanted leaves."""
     present = [name for name in wanted if leaves[name] is not None]
     if not outputs[0].requires_grad:  # nothing is wanted, or the reference met no sequence
-        return outputs, {name: torch.zeros_like(leaves[name]) for name in present}
+        return {name: torch.zeros_like(leaves[name]) for name in present}
     grads = torch.autograd.grad(outputs[0], [leaves[name] for name in present], d_o, allow_unused=True)
-    return outputs, {
+    return {
         name: torch.zeros_like(leaves[name]) if g is None else g
         for name, g in zip(present, grads, strict=True)
     }
+
+
+def run(
+    fn: Callable, tensors: Tensors, rest: Sequence, wanted: Sequence[str], d_o: Tensor | None
+) -> tuple[tuple, dict[str, Tensor]]:
+    """The outputs of fn(*tensors, *rest), and the gradients of the first one for the wanted tensors."""
+    leaves, outputs = forward(fn, tensors, rest, wanted)
+    return outputs, gradients(leaves, outputs, wanted, d_o)
 
 
 def to(x: object, dtype: torch.dtype | None = None) -> object:
@@ -82,8 +96,7 @@ def check(
     dirty_d_o = with_garbage(d_o, garbage["d_o"]) if "d_o" in garbage else d_o
     clean_d_o = zero_rows(d_o, garbage["d_o"]) if "d_o" in garbage else d_o
 
-    outputs, grads = run(op(name), dirty, rest, wanted, dirty_d_o)
-    assert outputs[0].requires_grad == bool(grads)
+    leaves, outputs = forward(op(name), dirty, rest, wanted)
     results = []
     for precision in (torch.float64, None):  # exact, and as it is
         arguments = {k: to(t, precision) for k, t in clean.items()}
@@ -94,6 +107,8 @@ def check(
     if second_is_lse:
         assert_lse_close("lse", outputs[1], exact[1], logit)
         assert not outputs[1].requires_grad, "lse is not differentiable"
+    grads = gradients(leaves, outputs, wanted, dirty_d_o)
+    assert outputs[0].requires_grad == bool(grads)
     for key, grad in grads.items():
         assert_close(f"d_{key}", grad, exact_grads[key], baseline_grads[key], largest_logit=logit)
         if key in garbage:

@@ -1,43 +1,31 @@
-"""Forward kernels on a GPU: the case table at shapes that have native kernels, every head dim, every G."""
+"""Forward kernels on a GPU: every head dim, every G, both paths.
 
-import dataclasses
+The case table runs on a GPU in the files of the operators, at the nearest shapes with native kernels.
+"""
 
 import pytest
 import torch
 from attention_case import attention_tensors, check_attention
-from cases import CASES, CUDA_DTYPES, Case, Inputs
+from cases import CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
 from harness import check, exact_lse, largest_logit, op, to
 from test_compress import phi, rest
 from tolerance import SelectionRule, accumulator, assert_close, assert_selection_valid
 
 from nsa_ext import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_path")]
 
-CUDA_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 GROUPS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-def native(case: Case) -> Case:
-    """The nearest shape with native kernels: the lengths, chunks and paddings of the case stay."""
-    if case.runs_natively_on_cuda():
-        return case
-    length, stride = case.compress
-    if length % 8 or stride % 8:
-        length, stride = 32, 16
-    dims = case.dims if case.dims in CUDA_DIMS else (64, 64)
-    block_size = case.block_size if case.block_size in (32, 64, 128) else 64
-    return dataclasses.replace(case, dims=dims, compress=(length, stride), block_size=block_size)
-
-
-TABLE = tuple(native(case) for case in CASES)
 SHAPES = tuple(
-    Case(f"d{dk}_{dv}", (150, 0, 83), heads=(8, 2), dims=(dk, dv), select=(4, 1, 1)) for dk, dv in CUDA_DIMS
+    Case(f"d{dk}_{dv}", (150, 0, 83), heads=(8, 2), dims=(dk, dv), select=(4, 1, 1))
+    for dk, dv in CUDA_HEAD_DIMS
 ) + tuple(
     Case(f"g{g}", (190, 77), heads=(2 * g, 2), dims=(64, 64), select=(5, 1, 1), block_size=32) for g in GROUPS
 )
 
-by_case = pytest.mark.parametrize("case", TABLE + SHAPES, ids=lambda case: case.name)
+by_case = pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 by_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=["bf16", "fp16"])
 
 

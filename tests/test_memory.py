@@ -151,6 +151,7 @@ def sampled_rows_are_right(name: str, heads: int, dim: int, dtype: torch.dtype, 
 
 @pytest.mark.slow
 @pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_path")
 @pytest.mark.parametrize("name", ["selected_attention", "sliding_window_attention"])
 def test_offsets_beyond_32_bits_on_the_gpu(name: str) -> None:
     sampled_rows_are_right(name, 64, 128, torch.bfloat16, "cuda")
