@@ -11,7 +11,7 @@ SETUP := .venv/.bootstrapped
 CONFIGURED := build/dev/build.ninja
 CXX_FILES = $(shell find csrc tests/cpp cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup build test test-cpp test-gpu lint format bench compare sanitize ptxas demo wheel clean
+.PHONY: setup build test test-cpp test-gpu fuzz lint format bench compare sanitize sanitize-gpu ptxas demo wheel clean
 
 setup: $(SETUP)
 
@@ -32,8 +32,15 @@ test-cpp: build
 	cmake --build build/dev
 	cd build/dev && ctest --output-on-failure
 
+# Both CUDA paths, in C++ and in Python.
 test-gpu: build
+	cmake --build build/dev --target nsa_cuda_tests
+	build/dev/nsa_cuda_tests
 	python -m pytest -m gpu
+
+# 500 random shapes against the reference, in bounded time: on the GPU, or on the CPU where there is none.
+fuzz: build
+	python tests/fuzz.py
 
 lint: $(SETUP)
 	ruff check .
@@ -58,6 +65,10 @@ sanitize:
 	cmake -S . -B build/sanitize -DNSA_TORCH=OFF -DNSA_SANITIZE=ON -DNSA_TESTS=ON
 	cmake --build build/sanitize --parallel $$(nproc)
 	cd build/sanitize && ctest --output-on-failure
+
+sanitize-gpu: build
+	cmake --build build/dev --target nsa_cuda_tests
+	python tools/sanitize.py
 
 # Needs nvcc, but no GPU and no torch. From clean, because only a compilation shows what ptxas says; ccache repeats it.
 ptxas:

@@ -166,7 +166,7 @@ def case(name: str) -> Case:
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 # The best path of the GPU, and the one that the marker `portable` forces.
-CUDA_PATHS = ("auto", pytest.param("portable", marks=pytest.mark.portable))
+CUDA_PATHS = ("cuda", pytest.param("portable", marks=pytest.mark.portable))
 _CUDA_MARKS = {"cuda": (pytest.mark.gpu,), "portable": (pytest.mark.gpu, pytest.mark.portable)}
 TARGETS = tuple(pytest.param("cpu", dtype, id=f"cpu-{str(dtype)[6:]}") for dtype in CPU_DTYPES) + tuple(
     pytest.param("cuda", dtype, id=f"{name}-{str(dtype)[6:]}", marks=marks)

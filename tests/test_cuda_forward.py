@@ -107,23 +107,6 @@ def test_many_selected_blocks(n: int, dtype: torch.dtype) -> None:
     assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
 
 
-def test_repeats_bitwise() -> None:
-    case = Case("repeat", (700, 333), heads=(16, 2), dims=(128, 128), select=(6, 1, 2))
-    x = Inputs(case, torch.bfloat16, "cuda")
-    arguments = (
-        *attention_tensors(x).values(),
-        *x.cu,
-        *case.compress,
-        case.block_size,
-        *case.select,
-        case.window,
-        x.scale,
-    )
-    first = op("attention_forward")(*arguments)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, op("attention_forward")(*arguments), strict=True))
-
-
 def test_wild_offsets_touch_nothing_outside() -> None:
     """cu_seqlens on the device is never read on the host; whatever it says, the process lives."""
     case = Case("wild", (256,), heads=(4, 1), dims=(64, 64))

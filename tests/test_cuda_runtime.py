@@ -1,17 +1,17 @@
-"""What the CUDA forward promises beside its numbers: streams, graphs, no synchronisation, size."""
+"""What CUDA promises beside its numbers, on both paths: streams, graphs, no synchronisation."""
 
-import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from attention_case import attention_tensors
 from cases import Case, Inputs
-from harness import op, to
+from harness import op
 from tolerance import assert_close
 
-from nsa_ext import NativeSparseAttention, NSAConfig, reference
+from nsa_ext import NativeSparseAttention, NSAConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_path")]
 
 CASE = Case("runtime", (700, 333), heads=(16, 2), dims=(128, 128), select=(6, 1, 2))
 
@@ -21,36 +21,134 @@ def arguments(x: Inputs) -> tuple:
     return (*x.cu, *case.compress, case.block_size, *case.select, case.window, x.scale)
 
 
-def test_no_synchronisation() -> None:
+def with_gradients(x: Inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    tensors = {name: t.clone().requires_grad_() for name, t in attention_tensors(x).items()}
+    return tensors, x.output_like()
+
+
+def gradients(tensors: dict[str, torch.Tensor], x: Inputs, d_o: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    o, _ = op("attention")(*tensors.values(), *arguments(x))
+    return torch.autograd.grad(o, list(tensors.values()), d_o)
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[Callable[[Callable], object]]:
+    """Calls a function with every synchronisation being an error."""
+
+    def call(fn: Callable) -> object:
+        fn()  # initialisation may wait
+        torch.cuda.set_sync_debug_mode("error")
+        return fn()
+
+    yield call
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_synchronisation(no_synchronisation: Callable) -> None:
     x = Inputs(CASE, torch.bfloat16, "cuda")
     tensors, rest, tokens = attention_tensors(x), arguments(x), x.keys("slc")
-    op("attention")(*tensors.values(), *rest)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        op("attention")(*tensors.values(), *rest)
-        op("compress")(tokens, None, None, None, None, None, x.cu[1], x.cu[3], *CASE.compress, "mean")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    mean = (None, None, None, None, None, x.cu[1], x.cu[3], *CASE.compress, "mean")
+    no_synchronisation(lambda: (op("attention")(*tensors.values(), *rest), op("compress")(tokens, *mean)))
 
 
-def test_graph_replay_equals_eager() -> None:
-    first, second = (Inputs(CASE, torch.bfloat16, "cuda", seed=seed) for seed in (1, 2))
-    static = {name: t.clone() for name, t in attention_tensors(first).items()}
-    rest = arguments(first)
+def test_no_synchronisation_of_the_backward(no_synchronisation: Callable) -> None:
+    x = Inputs(CASE, torch.bfloat16, "cuda")
+    tensors, d_o = with_gradients(x)
+    no_synchronisation(lambda: gradients(tensors, x, d_o))
+
+
+def captured(fn: Callable[[], tuple]) -> tuple[torch.cuda.CUDAGraph, tuple]:
+    """A graph of one call after a warm-up, and the tensors that it writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        op("attention")(*static.values(), *rest)
+        fn()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, indices = op("attention")(*static.values(), *rest)
-    fresh = attention_tensors(second)
-    for name, t in static.items():
-        t.copy_(fresh[name])
+        results = fn()
+    return graph, results
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_graph_replay_equals_eager(direction: str) -> None:
+    first, second = (Inputs(CASE, torch.bfloat16, "cuda", seed=seed) for seed in (1, 2))
+    rest = arguments(first)
+
+    def call(tensors: dict[str, torch.Tensor], d_o: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if direction == "backward":
+            return gradients(tensors, first, d_o)
+        return op("attention")(*tensors.values(), *rest)
+
+    (static, static_d_o), (fresh, fresh_d_o) = with_gradients(first), with_gradients(second)
+    graph, results = captured(lambda: call(static, static_d_o))
+    with torch.no_grad():
+        for name, t in static.items():
+            t.copy_(fresh[name])
+        static_d_o.copy_(fresh_d_o)
     graph.replay()
-    expected_o, expected_indices = op("attention")(*fresh.values(), *rest)
-    assert torch.equal(o, expected_o) and torch.equal(indices, expected_indices)
+    assert all(torch.equal(a, b) for a, b in zip(results, call(fresh, fresh_d_o), strict=True))
+
+
+def test_graph_of_a_training_step() -> None:
+    """Forward, backward and optimiser of the module: replays continue as eager steps would."""
+    config = NSAConfig(hidden_size=256, num_heads=8, num_kv_heads=2, head_dim=64, window_size=128)
+    hidden = torch.randn(1, 700, 256, device="cuda", dtype=torch.bfloat16)
+
+    def trainer() -> tuple[NativeSparseAttention, Callable[[], tuple]]:
+        torch.manual_seed(0)
+        module = NativeSparseAttention(config).to("cuda", torch.bfloat16)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, capturable=True)
+
+        def step() -> tuple:
+            optimizer.zero_grad(set_to_none=True)
+            module(hidden).float().square().mean().backward()
+            optimizer.step()
+            return ()
+
+        return module, step
+
+    (replayed, step), (eager, eager_step) = trainer(), trainer()
+    graph, _ = captured(step)  # the warm-up is the first step
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        eager_step()
+    for (name, a), b in zip(replayed.named_parameters(), eager.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.slow
+def test_compiled_training_step_equals_eager() -> None:
+    torch._dynamo.reset()
+    config = NSAConfig(hidden_size=256, num_heads=8, num_kv_heads=2, head_dim=64, window_size=128)
+    module = NativeSparseAttention(config).to("cuda", torch.bfloat16)
+    compiled = torch.compile(module, fullgraph=True)
+    parameters = list(module.parameters())
+    for length in (700, 900):
+        hidden = torch.randn(1, length, 256, device="cuda", dtype=torch.bfloat16)
+        d_o = torch.randn_like(hidden)
+        actual, expected = (torch.autograd.grad(run(hidden), parameters, d_o) for run in (compiled, module))
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-5, atol=2**-5 * b.abs().max().item())
+
+
+def test_repeats_bitwise() -> None:
+    x = Inputs(CASE, torch.bfloat16, "cuda")
+    tensors = attention_tensors(x)
+    first = op("attention_forward")(*tensors.values(), *arguments(x))
+    for _ in range(5):
+        again = op("attention_forward")(*tensors.values(), *arguments(x))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gradients_repeat_bitwise() -> None:
+    x = Inputs(CASE, torch.bfloat16, "cuda")
+    tensors, d_o = with_gradients(x)
+    first = gradients(tensors, x, d_o)
+    for _ in range(5):
+        again = gradients(tensors, x, d_o)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -96,47 +194,3 @@ def test_module_like_the_cpu() -> None:
         assert_close("module", actual, exact, baseline)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             assert module.float()(hidden.cuda()).dtype == torch.bfloat16
-
-
-def test_backward_is_a_clear_error() -> None:
-    x = Inputs(CASE, torch.bfloat16, "cuda")
-    tensors = {name: t.requires_grad_() for name, t in attention_tensors(x).items()}
-    o, _ = op("attention")(*tensors.values(), *arguments(x))
-    with pytest.raises(ValueError, match=r"attention_backward.*cuda.*support_matrix"):
-        o.sum().backward()
-
-
-@pytest.mark.slow
-def test_offsets_beyond_2_to_the_31() -> None:
-    """T = 266,240, 64 heads, dim 128; sampled queries against the reference on their own keys."""
-    length, heads, dim, scale = 266_240, 64, 128, 1 / math.sqrt(128)
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-    q, k, v = random(length, heads, dim), random(length, 4, dim), random(length, 4, dim)
-    k_cmp, v_cmp = random(length // 16, 4, dim), random(length // 16, 4, dim)
-    cu = (None, None, length, length)
-    o_cmp, lse = op("compressed_attention")(q, k_cmp, v_cmp, *cu, 32, 16, scale)
-    indices = op("select_blocks")(q, k_cmp, lse, *cu, 32, 16, 64, 16, 1, 2, scale)
-    o_slc, _ = op("selected_attention")(q, k, v, indices, *cu, 64, scale)
-    o_swa, _ = op("sliding_window_attention")(q, k, v, *cu, 512, scale)
-    rows = torch.tensor([0, 31, 1000, 131_071, 262_143, 262_145, length - 1])
-    for row in rows.tolist():
-        # The reference on the one query, at the end of the keys it may see; of every group the first head.
-        seen, blocks = row + 1, max(0, (row + 1 - 32) // 16 + 1)
-        one, chosen = (None, None, 1, seen), indices[row : row + 1].cpu()
-        for dtype in (torch.float64, torch.bfloat16):
-            query = to(q[row : row + 1, ::16], dtype)
-            keys, values = to(k[:seen], dtype), to(v[:seen], dtype)
-            compressed = [to(t[:blocks], dtype) for t in (k_cmp, v_cmp)]
-            results = {
-                "cmp": reference.compressed_attention(query, *compressed, *one, 32, 16, scale)[0],
-                "slc": reference.selected_attention(query, keys, values, chosen, *one, 64, scale)[0],
-                "swa": reference.sliding_window_attention(query, keys, values, *one, 512, scale)[0],
-            }
-            if dtype == torch.float64:
-                exact = results
-        for name, actual in (("cmp", o_cmp), ("slc", o_slc), ("swa", o_swa)):
-            assert_close(f"o_{name}[{row}]", actual[row : row + 1, ::16], exact[name], results[name])

@@ -8,9 +8,10 @@ A baseline can be exact by luck (a query with one visible key), so a floor is ad
   * one ulp of the largest result in the storage type: the result and the exact value are each rounded
     once;
   * ACCUMULATION_ULPS ulps of the accumulator type, relative to the largest result but at least to 1, the
-    size of the inputs: gradients that cancel to zero keep the rounding error of what cancelled. fp64 is
-    its own reference, whose error is not zero but unmeasured: there the ulps stand for the sums of up to
-    some thousand terms on both sides;
+    size of the inputs: gradients that cancel to zero keep the rounding error of what cancelled. Where
+    nothing else is left (a softmax over one key), what cancelled sets the scale. fp64 is its own
+    reference, whose error is not zero but unmeasured: there the ulps stand for the sums of up to some
+    thousand terms on both sides;
   * half an ulp of the largest logit: lse is rounded once, to be stored in the accumulator type, so
     p = exp(logit - lse) of the backward has that relative error, which a baseline that keeps p itself
     does not make.
@@ -24,18 +25,26 @@ from torch import Tensor
 ACCUMULATION_ULPS = {torch.float32: 32, torch.float64: 2048}
 LSE_ERROR = {torch.float32: 1e-5, torch.float64: 1e-13}
 BASELINE_FACTOR = 2.0
+NOTHING_LEFT = 1e-9  # of gradients whose exact value is zero everywhere
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def floor(exact: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype, logit: float = 0.0) -> float:
+def floor(
+    exact: Tensor,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    logit: float = 0.0,
+    cancelled: float = 0.0,
+) -> float:
     """The error that is allowed when the baseline makes none."""
     largest = finite_max(exact)
+    scale = max(1.0, largest, cancelled if largest < NOTHING_LEFT else 0.0)
     acc = accumulator(compute_dtype)
     ulps = ACCUMULATION_ULPS[acc] + logit / 2
-    return torch.finfo(dtype).eps * largest + ulps * torch.finfo(acc).eps * max(1.0, largest)
+    return torch.finfo(dtype).eps * largest + ulps * torch.finfo(acc).eps * scale
 
 
 def finite_max(x: Tensor) -> float:
@@ -82,14 +91,17 @@ def assert_close(
     baseline: Tensor,
     compute_dtype: torch.dtype | None = None,
     largest_logit: float = 0.0,
+    cancelled: float = 0.0,
 ) -> None:
-    """The rule. compute_dtype: the precision under test where the result is stored in another one."""
+    """The rule. compute_dtype: the precision under test where the result is stored in another one;
+    cancelled: the size of the terms of a gradient.
+    """
     assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, expected {baseline.dtype}"
     exact = exact.detach().cpu().double()
     base = baseline.detach().cpu().double()
     assert base.shape == exact.shape, f"{name}: shapes of baseline {base.shape}, exact {exact.shape}"
     base_error = finite_max(base - exact) if exact.numel() else 0.0
-    tiny = floor(exact, actual.dtype, compute_dtype or actual.dtype, largest_logit)
+    tiny = floor(exact, actual.dtype, compute_dtype or actual.dtype, largest_logit, cancelled)
     why = f" (baseline error {base_error:.3e}, floor {tiny:.3e})"
     assert_within(name, actual, exact, BASELINE_FACTOR * base_error + tiny, why)
 

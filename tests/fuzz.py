@@ -1,0 +1,152 @@
+"""Random shapes of every operator, forward and backward, against the fp64 reference, in bounded time.
+
+    python tests/fuzz.py                            500 shapes, on both paths of a GPU, else on the CPU
+    python tests/fuzz.py --device cpu --shapes 50 --seconds 60
+    python tests/fuzz.py --seed 1234 --shapes 1     one shape again
+
+A shape is a pure function of its seed. The first failure of each seed is printed with its shape and the seed
+that repeats it.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # an installed nsa_ext wins
+
+import torch
+from attention_case import attention_tensors, check_attention
+from cases import CPU_DTYPES, CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
+from harness import branch_check, rows_of_no_query
+from test_compress import check_compress, phi
+from test_edge_garbage import band_garbage
+from tolerance import SelectionRule, assert_selection_valid
+
+PAIRS = 2e6  # of queries, keys and heads: what the dense reference can do in about a second
+
+
+def draw_case(rng: random.Random, device: str) -> Case:
+    """A legal shape; on a GPU one that has native kernels."""
+    heads_kv = rng.choice([1, 1, 2, 3])
+    if device == "cuda":
+        group = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, rng.randint(1, 64)])
+        dims, stride = rng.choice(CUDA_HEAD_DIMS), rng.choice([8, 16, 32])
+        length = stride * rng.randint(1, 64 // stride)
+        block_size = rng.choice([size for size in (32, 64, 128) if size % stride == 0])
+    else:
+        group = rng.choice([1, 2, 3, 4, 7, 16])
+        dims, stride = (rng.randint(1, 80), rng.randint(1, 80)), rng.choice([1, 2, 3, 4, 8, 16])
+        length, block_size = stride * rng.randint(1, 4), stride * rng.randint(1, 6)
+    longest = int((PAIRS / (heads_kv * group)) ** 0.5)
+    keys = [rng.choice([0, 1, rng.randint(0, 70), rng.randint(0, longest)]) for _ in range(rng.randint(1, 4))]
+    queries = [rng.choice([n, n, rng.randint(0, n), min(n, 1)]) for n in keys]
+    packed = len(keys) > 1 or rng.random() < 0.5
+    initial, local = rng.choice([0, 1, 1, 2]), rng.choice([0, 1, 2, 2, 3])
+    most = 64 - initial - local
+    others = rng.choice([0, 1, 3, 13, rng.randint(0, most)])
+    return Case(
+        "random",
+        tuple(keys),
+        queries=tuple(queries),
+        packed=packed,
+        heads=(heads_kv * group, heads_kv),
+        dims=dims,
+        compress=(length, stride),
+        block_size=block_size,
+        select=(max(1, initial + local + others), initial, local),
+        window=rng.choice([1, rng.randint(1, 100), rng.randint(1, 1000), 512]),
+        pad=(rng.choice([0, rng.randint(0, 40)]) if packed else 0, rng.choice([0, rng.randint(0, 40)])),
+        slack=rng.choice([0, 0, 1, 500]) if packed else 0,
+    )
+
+
+def checks(rng: random.Random, x: Inputs) -> dict[str, object]:
+    """name -> a call that compares one operator, with its gradients, on these inputs."""
+    case = x.case
+    kind, per_head, hidden = (
+        rng.choice(["mlp", "mlp", "linear", "mean"]),
+        rng.random() < 0.3,
+        rng.randint(1, 40),
+    )
+    hidden = 8 * hidden if x.device == "cuda" else hidden
+    dirty = rng.random() < 0.5  # NaN and Inf where nobody looks
+
+    def attention() -> None:
+        garbage = {"q": rows_of_no_query(case), "gate_logits": rows_of_no_query(case)}
+        for branch in ("cmp", "slc", "swa"):
+            garbage |= {f"{name}_{branch}": ~case.seen(branch) for name in "kv"}
+        tensors = attention_tensors(x)
+        _, indices = check_attention(x, tensors, garbage=garbage if dirty else None, compare_selection=True)
+        assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
+
+    def branch(name: str, suffix: str, parameters: tuple) -> None:
+        garbage = band_garbage(case, suffix) if dirty else None
+        extra = {"block_indices": x.block_indices()} if suffix == "slc" else None
+        branch_check(name, x, suffix, parameters, extra=extra, garbage=garbage)
+
+    return {
+        "attention": attention,
+        "compressed_attention": lambda: branch("compressed_attention", "cmp", case.compress),
+        "selected_attention": lambda: branch("selected_attention", "slc", (case.block_size,)),
+        "sliding_window_attention": lambda: branch("sliding_window_attention", "swa", (case.window,)),
+        "compress": lambda: check_compress(x, kind, phi(x, kind, per_head, hidden)),
+    }
+
+
+def run_shape(seed: int, device: str, absent: Counter) -> str | None:
+    """None, or what failed."""
+    for path in ("cuda", "portable") if device == "cuda" else ("cpu",):
+        os.environ["NSA_CUDA_PATH"] = path
+        rng = random.Random(seed)
+        case = draw_case(rng, device)
+        dtype = rng.choice(CUDA_DTYPES if device == "cuda" else CPU_DTYPES)
+        x = Inputs(case, dtype, device, seed=seed, q_scale=rng.choice([1.0, 1.0, 3.0]))
+        for name, check in checks(rng, x).items():
+            try:
+                check()
+            except Exception as error:
+                if isinstance(error, ValueError) and "has no CUDA kernel yet" in str(error):
+                    absent[str(error).splitlines()[0]] += 1
+                    continue
+                traceback.print_exc()
+                return f"{name} on the path {path}, {dtype}, {case}: {str(error).splitlines()[0]}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--shapes", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=540, help="no shape begins later than this")
+    parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next ones count up")
+    args = parser.parse_args()
+
+    begin, done, failed, absent = time.monotonic(), 0, [], Counter()
+    for seed in range(args.seed, args.seed + args.shapes):
+        if time.monotonic() - begin > args.seconds:
+            break
+        failure = run_shape(seed, args.device, absent)
+        done += 1
+        if failure:
+            failed.append(seed)
+            print(f"FAILED --seed {seed} --shapes 1: {failure}", flush=True)
+    for message, count in absent.items():
+        print(f"not compared, {count} times: {message}")
+    seconds = time.monotonic() - begin
+    print(
+        f"{done} of {args.shapes} shapes on {args.device} in {seconds:.0f} s, from seed {args.seed}: ", end=""
+    )
+    print(f"{len(failed)} failed: {failed}" if failed else "all equal the reference")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
