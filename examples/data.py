@@ -87,19 +87,31 @@ def split_documents(documents: list[bytes]) -> dict[str, list[bytes]]:
     }
 
 
-def prepare(paths: Iterable[str | Path], cache_dir: str | Path) -> Path:
+def join_neighbours(documents: list[bytes], least: int) -> list[bytes]:
+    """Documents of at least `least` bytes (but for the last one), each of files that follow each other."""
+    joined: list[bytes] = []
+    for document in documents:
+        if joined and len(joined[-1]) < least:
+            joined[-1] += document
+        else:
+            joined.append(document)
+    return joined
+
+
+def prepare(paths: Iterable[str | Path], cache_dir: str | Path, least: int = 0) -> Path:
     """Builds the token files of a corpus once and returns their folder, which is named after the files'
-    names, sizes and times.
+    names, sizes and times. least: see join_neighbours.
 
     Safe to call from several processes at once: the folder appears by one rename.
     """
     files = text_files(paths)
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    folder = Path(cache_dir) / hashlib.sha256(repr((VOCAB_SIZE, stats)).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / hashlib.sha256(repr((VOCAB_SIZE, stats, least)).encode()).hexdigest()[:16]
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     documents = [content for content in (f.read_bytes() for f in files) if content]
+    documents = join_neighbours(documents, least)
     if not documents:
         raise ValueError(f"no text in {', '.join(map(str, paths)) or 'the standard library'}")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

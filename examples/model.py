@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 import nsa_ext
 from nsa_ext.modules import apply_rope, rope_tables
@@ -66,7 +67,9 @@ class SwiGLU(nn.Module):
 
 
 class FullAttention(nn.Module):
-    """Grouped-query causal attention inside each document, through scaled_dot_product_attention."""
+    """Grouped-query causal attention inside each document: FlashAttention on a GPU in 16 bits, otherwise
+    scaled_dot_product_attention.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +83,10 @@ class FullAttention(nn.Module):
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if mask is None:
+        if runs_in_16_bits_on_cuda(x):
+            offsets, longest = packing.cu_seqlens, packing.max_seqlen
+            out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
+        elif mask is None:
             # One causal call per document costs less than a masked one over everything.
             pieces = zip(*(t.split(packing.lengths) for t in (q, k, v)), strict=True)
             out = torch.cat([self._attend(*piece, is_causal=True) for piece in pieces])
@@ -96,6 +102,11 @@ class FullAttention(nn.Module):
             q, k, v = q[None], k[None], v[None]
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(-3, -2)
         return out.reshape(-1, *out.shape[-2:])
+
+
+def runs_in_16_bits_on_cuda(x: Tensor) -> bool:
+    """What FlashAttention needs: a GPU, and autocast or weights in 16 bits."""
+    return x.is_cuda and (torch.is_autocast_enabled("cuda") or x.dtype in (torch.bfloat16, torch.float16))
 
 
 def document_mask(packing: Packing, total: int) -> Tensor:
@@ -171,6 +182,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, torch.float32)
         needs_mask = self.config.attention == "full" and packing.lengths is None
+        needs_mask = needs_mask and not runs_in_16_bits_on_cuda(x)
         mask = document_mask(packing, len(tokens)) if needs_mask else None
         for layer in self.layers:
             x = layer(x, rope, packing, mask)

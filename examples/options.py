@@ -51,6 +51,12 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         "--data", nargs="*", default=[], help="files or folders of text (none: Python's standard library)"
     )
     group.add_argument(
+        "--document-bytes",
+        type=int,
+        default=0,
+        help="join files that follow each other into documents of at least this size",
+    )
+    group.add_argument(
         "--resume", action="store_true", help="continue from the checkpoint in --run-dir, if there is one"
     )
     group.add_argument("--overwrite", action="store_true", help="start anew although --run-dir holds a run")

@@ -98,9 +98,9 @@ class Trainer:
         self.step, self.seconds = 0, 0.0  # finished steps; time spent in them, without validation
         if processes.is_main:
             self._claim_run_dir()
-            prepare(options.data, options.cache_dir)
+            prepare(options.data, options.cache_dir, options.document_bytes)
         processes.barrier()
-        corpus = prepare(options.data, options.cache_dir)
+        corpus = prepare(options.data, options.cache_dir, options.document_bytes)
         self.train_text = PackedText(corpus, "train", options.context)
         self.val_text = PackedText(corpus, "val", options.context)
         torch.manual_seed(options.seed)
@@ -234,6 +234,8 @@ class Trainer:
                 self.seconds += elapsed
                 tokens = self.step * self.sequences_per_step * options.context
                 values = {"loss": mean_loss, "lr": lr, "grad_norm": norm.item(), "tokens": tokens}
+                if self.processes.device.type == "cuda":
+                    values["peak_bytes"] = torch.cuda.max_memory_allocated(self.processes.device)
                 self.metrics.write(self.step, **values, tokens_per_s=speed, seconds=self.seconds)
                 shown |= {"loss": f"{mean_loss:.3f}", "tok/s": f"{speed:,.0f}"}
                 bar.set_postfix(shown)

@@ -16,12 +16,14 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import compare_runs  # noqa: E402
 import data  # noqa: E402
 import pretrain  # noqa: E402
 from generate import choose, generate, load_model  # noqa: E402
 from model import Decoder, ModelConfig, Packing  # noqa: E402
 from options import parse_options  # noqa: E402
 from runtime import load_checkpoint  # noqa: E402
+from tolerance import assert_close  # noqa: E402
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 48}
 NSA_OPTIONS = {
@@ -104,6 +106,14 @@ def test_folders_are_searched_for_visible_text(tmp_path):
     assert data.text_files([tmp_path]) == [tmp_path / "b.txt", tmp_path / "sub" / "a.md"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         data.text_files([tmp_path / "nowhere"])
+
+
+def test_neighbouring_files_become_long_documents():
+    files = [b"a" * 10, b"b" * 200, b"c" * 30, b"d" * 40, b"e" * 50, b"f"]
+    documents = data.join_neighbours(files, 100)
+    assert b"".join(documents) == b"".join(files)
+    assert [len(document) for document in documents] == [210, 120, 1]
+    assert data.join_neighbours(files, 0) == files
 
 
 def test_sequences_hold_every_document_in_order(text_folder, tmp_path):
@@ -198,6 +208,23 @@ def test_full_attention_by_mask_equals_that_by_document(text_folder, tmp_path):
         by_document = model(batch.tokens, batch.positions, Packing(batch.cu_seqlens, 64, batch.lengths))
         by_mask = model(batch.tokens, batch.positions, Packing(batch.cu_seqlens, 64))
     torch.testing.assert_close(by_mask, by_document, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_full_attention_on_a_gpu(text_folder, tmp_path):
+    """FlashAttention over packed documents, against the reference precision on the CPU."""
+    text = data.PackedText(data.prepare([text_folder], tmp_path), "train", 128)
+    batch = text.micro_batch(0, 3, seed=0)
+    model = tiny_model("full")
+
+    def logits(device, dtype, lengths=None):
+        placed = batch.to(torch.device(device))
+        packing = Packing(placed.cu_seqlens, placed.max_seqlen, lengths)
+        return model.to(device, dtype)(placed.tokens, placed.positions, packing).detach()
+
+    exact = logits("cpu", torch.float64, batch.lengths)
+    baseline = logits("cpu", torch.bfloat16, batch.lengths)
+    assert_close("logits", logits("cuda", torch.bfloat16), exact, baseline)
 
 
 def test_groups_of_the_optimizer(arguments):
@@ -327,6 +354,25 @@ def test_generation_from_a_checkpoint(attention, arguments, tmp_path):
     assert generate(model, "x" * 200, 1, 128, temperature=0) == generate(
         model, "x" * 300, 1, 128, temperature=0
     )
+
+
+def test_two_runs_are_compared(arguments, tmp_path, capsys):
+    folders = []
+    for attention in ("nsa", "full"):
+        pretrain.main(arguments(attention, "--attention", attention, "--steps", 4, "--log-every", 1))
+        folders.append(str(tmp_path / attention))
+    report, plot = tmp_path / "docs" / "report.json", tmp_path / "docs" / "report.png"
+    compare_runs.main([*folders, "--json", str(report), "--plot", str(plot)])
+    runs = json.loads(report.read_text())["runs"]
+    assert [run["options"]["attention"] for run in runs] == ["nsa", "full"]
+    for run in runs:
+        assert [step for step, _, _ in run["loss"]] == [1, 2, 3, 4]
+        assert run["val_loss"][-1][0] == 4 and run["tokens_per_s"] > 0
+    assert str(tmp_path) not in report.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    compare_runs.main(["--from", str(report)])
+    assert capsys.readouterr().out in table
 
 
 def test_choice_of_a_token():

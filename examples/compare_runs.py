@@ -1,0 +1,135 @@
+"""Compares finished runs of pretrain.py: a table, and their curves as JSON and PNG.
+
+    python examples/pretrain.py --run-dir runs/nsa-8k --attention nsa ...
+    python examples/pretrain.py --run-dir runs/full-8k --attention full ...
+    python examples/compare_runs.py runs/nsa-8k runs/full-8k --json docs/training/8k.json --plot 8k.png
+    python examples/compare_runs.py --from docs/training/8k.json --plot 8k.png
+
+The speed of a run is the median over the logged intervals of its second half, behind compilation and warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from demo_report import COLOURS
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from runtime import load_checkpoint
+
+# What a run is, beside its corpus and its files.
+OPTIONS = (
+    "attention", "context", "batch_size", "accumulation", "steps", "seed", "lr", "compile", "autocast",
+    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+)  # fmt: skip
+SERIES = ("loss", "val_loss")  # as [step, seconds of training, value]
+
+
+def load_run(folder: Path) -> dict:
+    """Options, size, curves and speed of a run, from its checkpoint and metrics."""
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    intervals = [record for record in records if "tokens_per_s" in record]
+    settled = intervals[len(intervals) // 2 :]
+    curves = {
+        name: [
+            [record["step"], round(record["seconds"], 3), round(record[name], 5)]
+            for record in records
+            if name in record
+        ]
+        for name in SERIES
+    }
+    return {
+        "options": {name: checkpoint["options"][name] for name in OPTIONS},
+        "parameters": sum(t.numel() for t in checkpoint["model"].values()),
+        "training_tokens": intervals[-1]["tokens"],
+        "seconds": intervals[-1]["seconds"],
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in settled),
+        "peak_bytes": max(
+            (record["peak_bytes"] for record in intervals if "peak_bytes" in record), default=None
+        ),
+        **curves,
+    }
+
+
+def machine() -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__}
+
+
+def print_table(runs: list[dict]) -> None:
+    rows = {
+        "attention": lambda run: run["options"]["attention"],
+        "parameters": lambda run: f"{run['parameters']:,}",
+        "training tokens": lambda run: f"{run['training_tokens']:,}",
+        "first validation loss": lambda run: f"{run['val_loss'][0][2]:.4f}",
+        "last validation loss": lambda run: f"{run['val_loss'][-1][2]:.4f}",
+        "tokens/s": lambda run: f"{run['tokens_per_s']:,.0f}",
+        "peak GiB": lambda run: "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**30:.2f}",
+    }
+    for label, show in rows.items():
+        print(f"{label:>22}" + "".join(f"{show(run):>16}" for run in runs))
+
+
+def save_plot(report: dict, path: Path) -> None:
+    """Losses against steps and against time, speed as bars."""
+    runs = report["runs"]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    by_step, by_time, speed = figure.subplots(1, 3, width_ratios=(3, 3, 1))
+    options = runs[0]["options"]
+    figure.suptitle(f"context {options['context']:,}; {report['machine']['device']}", fontsize=10)
+    plot_losses(by_step, runs, 0, "step")
+    plot_losses(by_time, runs, 1, "seconds of training")
+    names = [run["options"]["attention"] for run in runs]
+    bars = speed.bar(names, [run["tokens_per_s"] for run in runs], color=[COLOURS[name] for name in names])
+    speed.bar_label(bars, fmt="{:,.0f}")
+    speed.set(title="tokens/s in training")
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(axes: Axes, runs: list[dict], column: int, label: str) -> None:
+    for run in runs:
+        name = run["options"]["attention"]
+        color = COLOURS[name]
+        loss, val_loss = (list(zip(*run[series], strict=True)) for series in SERIES)
+        axes.plot(loss[column], loss[2], color=color, alpha=0.35)
+        last = f"{name}: {val_loss[2][-1]:.3f}"
+        axes.plot(val_loss[column], val_loss[2], "o-", color=color, label=last, markersize=4)
+    axes.set(xlabel=label, ylabel="nats per byte", yscale="log")
+    axes.set(title="validation loss (dots), training loss (pale)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders of pretrain.py")
+    parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="an earlier --json instead")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.source):
+        parser.error("give run folders, or --from an earlier report")
+
+    if args.source:
+        report = json.loads(args.source.read_text())
+    else:
+        report = {"machine": machine(), "runs": [load_run(folder) for folder in args.runs]}
+    print_table(report["runs"])
+    for path in (args.json, args.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        save_plot(report, args.plot)
+
+
+if __name__ == "__main__":
+    main()
