@@ -10,6 +10,7 @@ load_operators()
 
 from nsa_ext import ops, reference  # noqa: E402  (everything below needs the operators)
 from nsa_ext._C import build_info, support_matrix  # noqa: E402
+from nsa_ext.cache import LayerCache, NSACache  # noqa: E402
 from nsa_ext.compression import BlockCompression  # noqa: E402
 from nsa_ext.config import NSAConfig  # noqa: E402
 from nsa_ext.functional import NSAInfo, nsa_attention  # noqa: E402
@@ -19,6 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockCompression",
+    "LayerCache",
+    "NSACache",
     "NSAConfig",
     "NSAInfo",
     "NativeSparseAttention",

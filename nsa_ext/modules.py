@@ -5,31 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nsa_ext.cache import LayerCache, NSACache
+from nsa_ext.cache_step import Streams
 from nsa_ext.compression import BlockCompression
 from nsa_ext.config import NSAConfig
 from nsa_ext.functional import NSAInfo, packed_attention
 from nsa_ext.packing import Packing
+from nsa_ext.rope import PositionEmbeddings, apply_rope, rope_tables
 
 __all__ = ["NativeSparseAttention", "apply_rope", "rope_tables"]
 
-PositionEmbeddings = tuple[Tensor, Tensor]
 _BRANCHES = ("cmp", "slc", "swa")
-
-
-def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> PositionEmbeddings:
-    """cos and sin ``[T, head_dim]`` of the rotary embedding at integer positions ``[T]``, as in
-    transformers."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
-    angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x ``[T, H, D]`` by cos and sin ``[T, D]``: channel c is paired with channel c + D/2."""
-    first, second = x.chunk(2, dim=-1)
-    rotated_half = torch.cat((-second, first), dim=-1)
-    return (x * cos.unsqueeze(1) + rotated_half * sin.unsqueeze(1)).to(x.dtype)
 
 
 class NativeSparseAttention(nn.Module):
@@ -111,7 +97,7 @@ class NativeSparseAttention(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: object | None = None,
+        cache: LayerCache | NSACache | None = None,
         return_info: bool = False,
     ) -> Tensor | tuple[Tensor, NSAInfo]:
         """hidden_states ``[B, S, C]``, or packed ``[T, C]`` -> the same shape, or (output, NSAInfo) with
@@ -122,35 +108,68 @@ class NativeSparseAttention(nn.Module):
         token, padding on any side; the output is zero at the padding. position_embeddings: (cos, sin),
         each ``[B, S, head_dim]`` or ``[S, head_dim]`` (packed: ``[T, head_dim]``); None computes them,
         positions counting from each sequence's first real token.
+
+        cache: the layer's part of an NSACache, inside ``with cache.append(...)``, under torch.no_grad(). The
+        hidden states are then those of the step's new tokens, and the step knows sequences and positions.
         """
-        if cache is not None:
-            raise ValueError("cache is not None: this version has no inference cache yet; pass cache=None")
         config = self.config
         if hidden_states.ndim not in (2, 3) or hidden_states.shape[-1] != config.hidden_size:
             expected = f"[B, S, {config.hidden_size}] or [T, {config.hidden_size}]"
             raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}; it must be {expected}")
+        if cache is not None:
+            others = (position_embeddings, attention_mask, cu_seqlens, max_seqlen)
+            return self._forward_cached(hidden_states, cache, others, return_info)
         leading, device = hidden_states.shape[:-1], hidden_states.device
         packing = Packing.of("hidden_states", leading, device, attention_mask, cu_seqlens, max_seqlen)
         x = packing.zero_padding(packing.pack(hidden_states))  # 0 * NaN would reach the weights' gradients
         cos, sin = self._rope(position_embeddings, packing, x)
 
-        q = apply_rope(self._heads(self.q_proj, x, config.head_dim), cos, sin)
-        k_slc, v_slc = self._key_value("slc", x)
-        k_swa, v_swa = (k_slc, v_slc) if config.share_kv else self._key_value("swa", x)
-        k_cmp, v_cmp = (k_slc, v_slc) if config.share_kv else self._key_value("cmp", x)
-        rotated_slc = apply_rope(k_slc, cos, sin)
-        rotated_swa = rotated_slc if config.share_kv else apply_rope(k_swa, cos, sin)
-        if config.compress_rope == "before":
-            k_cmp = rotated_slc if config.share_kv else apply_rope(k_cmp, cos, sin)
-        k_cmp = self.compress_k(k_cmp, packing.cu_seqlens, packing.max_seqlen)
-        v_cmp = self.compress_v(v_cmp, packing.cu_seqlens, packing.max_seqlen)
+        q, streams, gate_logits = self._project(x, cos, sin)
+        k_cmp = self.compress_k(streams.cmp[0], packing.cu_seqlens, packing.max_seqlen)
+        v_cmp = self.compress_v(streams.cmp[1], packing.cu_seqlens, packing.max_seqlen)
         if config.compress_rope == "after":
             first = packing.block_starts(x.shape[0], config.compress_stride, device)
             k_cmp = apply_rope(k_cmp, cos.index_select(0, first), sin.index_select(0, first))
-        gate_logits = self.gate_proj(x).unflatten(-1, (config.num_heads, 3))
+        swa = streams.slc if config.share_kv else streams.swa
+        tensors = (q, k_cmp, v_cmp, *streams.slc, *swa, gate_logits)
+        o, info = packed_attention(tensors, packing, packing, self._options, return_info=return_info)
+        output = packing.unpack(self.o_proj(o.flatten(1)))
+        return output if info is None else (output, info)
 
-        tensors = (q, k_cmp, v_cmp, rotated_slc, v_slc, rotated_swa, v_swa, gate_logits)
-        options = {
+    def _forward_cached(
+        self, hidden_states: Tensor, cache: LayerCache | NSACache, others: tuple, return_info: bool
+    ) -> Tensor | tuple[Tensor, NSAInfo]:
+        names = ("position_embeddings", "attention_mask", "cu_seqlens", "max_seqlen")
+        for name, value in zip(names, others, strict=True):
+            if value is not None:
+                raise ValueError(f"{name} is not None; with a cache, the step of cache.append(...) knows it")
+        if isinstance(cache, NSACache):
+            if len(cache.layers) != 1:
+                raise ValueError(f"cache has {len(cache.layers)} layers; pass one of them: cache.layers[i]")
+            cache = cache.layers[0]
+        step, leading = cache.cache.step, hidden_states.shape[:-1]
+        if step is None:
+            raise ValueError("cache is in no step; call the layer inside `with cache.append(...)`")
+        if cache.cache.config != self.config:
+            raise ValueError("cache was made for another config than this layer's")
+        evenly = len(leading) == 1 or step.counts == (leading[1],) * leading[0]
+        if leading.numel() < step.total or not evenly:
+            expected = f"the step's tokens, packed [{step.total}, C], or [B, S, C] with S for each sequence"
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}; it must be {expected}")
+        x = hidden_states if len(leading) == 1 else hidden_states.flatten(0, 1)
+        q, streams, gate_logits = self._project(x, *step.rotary(x.shape[0]))
+        phi = (self.compress_k, self.compress_v)
+        o, info = step.attend(cache, q, streams, gate_logits, phi, self._options, return_info)
+        output = self.o_proj(o.flatten(1)).unflatten(0, leading)
+        if info is None:
+            return output
+        return output, NSAInfo(**{name: t.unflatten(0, leading) for name, t in vars(info).items()})
+
+    @property
+    def _options(self) -> dict[str, float]:
+        """The keyword arguments of ops.attention."""
+        config = self.config
+        return {
             "compress_block_size": config.compress_block_size,
             "compress_stride": config.compress_stride,
             "block_size": config.block_size,
@@ -160,9 +179,22 @@ class NativeSparseAttention(nn.Module):
             "window_size": config.window_size,
             "softmax_scale": float(self._softmax_scale),
         }
-        o, info = packed_attention(tensors, packing, packing, options, return_info=return_info)
-        output = packing.unpack(self.o_proj(o.flatten(1)))
-        return output if info is None else (output, info)
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Streams, Tensor]:
+        """Queries, keys and values and gate logits of the tokens x [T, C] at their positions."""
+        config = self.config
+        q = apply_rope(self._heads(self.q_proj, x, config.head_dim), cos, sin)
+        k_slc, v_slc = self._key_value("slc", x)
+        rotated_slc = apply_rope(k_slc, cos, sin)
+        if config.share_kv:
+            k_cmp = rotated_slc if config.compress_rope == "before" else k_slc
+            streams = Streams((k_cmp, v_slc), (rotated_slc, v_slc), (None, None))
+        else:
+            k_swa, v_swa = self._key_value("swa", x)
+            k_cmp, v_cmp = self._key_value("cmp", x)
+            k_cmp = apply_rope(k_cmp, cos, sin) if config.compress_rope == "before" else k_cmp
+            streams = Streams((k_cmp, v_cmp), (rotated_slc, v_slc), (apply_rope(k_swa, cos, sin), v_swa))
+        return q, streams, self.gate_proj(x).unflatten(-1, (config.num_heads, 3))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())

@@ -26,15 +26,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_ext.cache_ops import append_kv, decode_attention
 from nsa_ext.reference import AttentionOutputs
 
 __all__ = [
     "AttentionOutputs",
+    "append_kv",
     "attention",
     "attention_forward",
     "block_scores",
     "compress",
     "compressed_attention",
+    "decode_attention",
     "gated_combine",
     "select_blocks",
     "selected_attention",

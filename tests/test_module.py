@@ -262,7 +262,6 @@ def test_initial_gates_and_projections():
         ({"cu_seqlens": (2,)}, "cu_seqlens is torch.float32"),
         ({"position_embeddings": ((10, 8), (10, 4))}, r"sin has shape \[10, 4\].*\[2, 10, 8\]"),
         ({"position_embeddings": ((3, 10, 8), (3, 10, 8))}, r"cos has shape \[3, 10, 8\].*\[2, 10, 8\]"),
-        ({"cache": (1,)}, "cache is not None: this version has no inference cache"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -3,7 +3,7 @@
 // Both walk the compressed keys of a query tile with the final lse, sum the probabilities over the heads of a
 // group and spread them over the selection blocks by overlap. select_blocks keeps the scores of one query
 // tile only.
-#include "cpu/tiles.h"
+#include "cpu/selection.h"
 
 namespace nsa::cpu::NSA_CPU_ISA {
 namespace {
@@ -24,23 +24,6 @@ struct ScoreScratch {
         best_block(num_best) {}
   explicit operator bool() const { return q && s && p && scores && best_score && best_block; }
 };
-
-// scores[j] += overlap(i, j) / stride * prob[i - first] for the compressed blocks first .. first + count - 1.
-template <typename A>
-inline void add_overlaps(const BlockScoresParams& p, A* scores, const A* prob, int64_t first, int64_t count) {
-  const int64_t length = p.keys.block, stride = p.keys.stride, block_size = p.block_size;
-  const A inverse_stride = A(1) / static_cast<A>(stride);
-  int64_t begin = first * stride, j = begin / block_size;
-  for (int64_t i = 0; i < count; ++i, begin += stride) {
-    while ((j + 1) * block_size <= begin) ++j;
-    const int64_t in_first = min64(length, (j + 1) * block_size - begin);
-    const A unit = prob[i] * inverse_stride;
-    scores[j] += unit * static_cast<A>(in_first);
-    for (int64_t rest = length - in_first, next = j + 1; rest > 0; rest -= block_size, ++next) {
-      scores[next] += unit * static_cast<A>(min64(rest, block_size));
-    }
-  }
-}
 
 // scores[token][0 .. own] of the tile's tokens; use(token, position, scores) for each.
 template <typename T, typename Use>
@@ -86,15 +69,8 @@ Status for_each_score_row(const BlockScoresParams& p, int num_best, const Parall
                 min64(kTileKeys, p.keys.end_visible(seq.position(tile.begin + i)) - j * kTileKeys);
             if (visible <= 0) continue;
             const int64_t row = (seq.q_begin + tile.begin + i) * heads_q + tile.head * group;
-            for (int64_t key = 0; key < computed.hi; key += kLanes<A>) {
-              Vec<A> sum{};
-              for (int g = 0; g < group; ++g) {
-                sum += exp2<A>((load(&scratch.s[(i * group + g) * k.ld + key]) - lse[row + g]) *
-                               static_cast<A>(kLog2e));
-              }
-              store(&scratch.p[key], sum);
-            }
-            add_overlaps(p, &scratch.scores[i * p.num_blocks], scratch.p.get(), j * kTileKeys, visible);
+            add_tile_scores(&scratch.s[i * group * k.ld], k.ld, group, lse + row, visible, scratch.p.get(),
+                            p.keys, j * kTileKeys, p.block_size, &scratch.scores[i * p.num_blocks]);
           }
         }
         for (int64_t i = 0; i < tile.count; ++i) {
@@ -102,24 +78,6 @@ Status for_each_score_row(const BlockScoresParams& p, int num_best, const Parall
               &scratch.scores[i * p.num_blocks]);
         }
       });
-}
-
-// The `count` highest of scores[begin, end) into block[]/score[], which hold them by falling score, ties by
-// rising index.
-template <typename A>
-inline void top_scores(const A* scores, int64_t begin, int64_t end, int count, A* score, int32_t* block) {
-  int held = 0;
-  for (int64_t j = begin; j < end && count > 0; ++j) {
-    const A x = scores[j];
-    if (held == count && !(x > score[held - 1])) continue;
-    int at = held < count ? held++ : held - 1;
-    for (; at > 0 && x > score[at - 1]; --at) {
-      score[at] = score[at - 1];
-      block[at] = block[at - 1];
-    }
-    score[at] = x;
-    block[at] = static_cast<int32_t>(j);
-  }
 }
 
 template <typename T>
@@ -131,24 +89,8 @@ Status select(const SelectBlocksParams& p, const Parallel& parallel) {
       scoring, n, parallel,
       [&](ScoreScratch<A>& scratch, int64_t row, int64_t head, int64_t position, const A* scores) {
         int32_t* out = p.block_indices + (row * scoring.shape.num_heads_kv + head) * n;
-        // Forced: [0, initial) and [local, own]; the candidates between compete for the other slots.
-        const int64_t own = position / scoring.block_size;
-        const int64_t initial = min64(p.num_initial_blocks, own + 1),
-                      local = max64(initial, own + 1 - p.num_local_blocks);
-        const int free_slots = static_cast<int>(min64(n - initial - (own + 1 - local), local - initial));
-        top_scores(scores, initial, local, free_slots, scratch.best_score.get(), scratch.best_block.get());
-        int32_t* chosen = scratch.best_block.get();
-        for (int i = 1; i < free_slots; ++i) {  // ascending
-          const int32_t x = chosen[i];
-          int at = i;
-          for (; at > 0 && chosen[at - 1] > x; --at) chosen[at] = chosen[at - 1];
-          chosen[at] = x;
-        }
-        int at = 0;
-        for (int64_t j = 0; j < initial; ++j) out[at++] = static_cast<int32_t>(j);
-        for (int i = 0; i < free_slots; ++i) out[at++] = chosen[i];
-        for (int64_t j = local; j <= own; ++j) out[at++] = static_cast<int32_t>(j);
-        while (at < n) out[at++] = -1;
+        choose_blocks(scores, position / scoring.block_size, n, p.num_initial_blocks, p.num_local_blocks,
+                      scratch.best_score.get(), scratch.best_block.get(), out);
       });
 }
 

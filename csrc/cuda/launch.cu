@@ -41,6 +41,8 @@ NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
 NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
+NSA_LAUNCH_NONE(append_kv, AppendKvParams)
+NSA_LAUNCH_NONE(decode_attention, DecodeAttentionParams)
 NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
 NSA_LAUNCH_NONE(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
@@ -58,5 +60,7 @@ int64_t workspace_bytes(const SelectBlocksParams& p) { return portable::workspac
 int64_t workspace_bytes(const BandedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
+int64_t workspace_bytes(const AppendKvParams&) { return 0; }
+int64_t workspace_bytes(const DecodeAttentionParams&) { return 0; }
 
 }  // namespace nsa::cuda

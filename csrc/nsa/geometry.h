@@ -30,6 +30,9 @@ struct KeyBlocks {
   // Row of a sequence's first key in the packed tensor. Sequences never overlap, since floor(a/d) +
   // floor(s/d) <= floor((a+s)/d).
   NSA_HOST_DEVICE constexpr int64_t first_row(int64_t seq_begin) const { return seq_begin / stride; }
+  // Row of block i in a cache: beside its last token, so that a page depends on no token behind it and can be
+  // shared by sequences that agree up to its end.
+  NSA_HOST_DEVICE constexpr int64_t cached_row(int64_t i) const { return i + block / stride - 1; }
   // One past the last key that ends at or before position t.
   NSA_HOST_DEVICE constexpr int64_t end_visible(int64_t t) const { return count(t + 1); }
   // The first key that ends behind position t - window; 0 without a window (window <= 0).

@@ -11,7 +11,9 @@
   X(block_scores, BlockScoresParams)                        \
   X(select_blocks, SelectBlocksParams)                      \
   X(selected_attention_forward, SelectedAttentionFwdParams) \
-  X(gated_combine_forward, GatedCombineFwdParams)
+  X(gated_combine_forward, GatedCombineFwdParams)           \
+  X(append_kv, AppendKvParams)                              \
+  X(decode_attention, DecodeAttentionParams)
 #define NSA_FOR_EACH_BACKWARD_OP(X)                          \
   X(compress_backward, CompressBwdParams)                    \
   X(banded_attention_backward, BandedAttentionBwdParams)     \
@@ -56,5 +58,7 @@ int64_t workspace_bytes(const SelectBlocksParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
 int64_t workspace_bytes(const CompressBwdParams& p);
+int64_t workspace_bytes(const AppendKvParams& p);
+int64_t workspace_bytes(const DecodeAttentionParams& p);
 
 }  // namespace nsa::cuda

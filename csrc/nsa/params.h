@@ -223,4 +223,81 @@ struct CompressBwdParams {
   void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
+// One stream of an inference cache: row s of sequence b is row s % page_rows of page
+// block_table[b][s / page_rows]. Without a table, page b is sequence b's, and keeps its last page_rows rows.
+struct CachedRows {
+  void* data = nullptr;  // [num_pages, page_rows, H, D], unit stride in D; strides in elements
+  int64_t stride_page = 0, stride_row = 0, stride_head = 0;
+  int64_t num_pages = 0, page_rows = 1;
+  const int32_t* block_table = nullptr;  // [B, table_width]
+  int64_t table_width = 0;
+
+  NSA_HOST_DEVICE int64_t page(int64_t b, int64_t s) const {
+    return block_table == nullptr ? b : block_table[b * table_width + s / page_rows];
+  }
+  NSA_HOST_DEVICE int64_t offset(int64_t b, int64_t s, int64_t head) const {
+    return page(b, s) * stride_page + s % page_rows * stride_row + head * stride_head;
+  }
+};
+
+// The sequences of a cache and the tokens that a step adds to each: those stand behind the cached ones.
+struct CachedBatch {
+  const int32_t* cache_seqlens = nullptr;  // [B], tokens before the step
+  const int32_t* cu_seqlens_q = nullptr;   // [B + 1], the step's tokens; null: T / B for each sequence
+  int64_t batch = 0;
+  int64_t total_q = 0;       // T
+  int64_t max_seqlen_q = 0;  // any upper bound
+  int64_t capacity = 0;      // tokens that a sequence may have
+
+  NSA_HOST_DEVICE Sequence sequence(int64_t b) const {
+    const int64_t each = cu_seqlens_q == nullptr ? total_q / batch : 0;
+    const int64_t begin = cu_seqlens_q == nullptr ? b * each : cu_seqlens_q[b];
+    const int64_t count = cu_seqlens_q == nullptr ? each : cu_seqlens_q[b + 1] - begin;
+    return {begin, count, 0, cache_seqlens[b] + count};
+  }
+};
+
+// Writes a step's tokens to a cache, with the compressed blocks that they complete.
+struct AppendKvParams {
+  struct Stream {  // K or V
+    RowsView cmp;  // [T, Hkv, D], what phi sees
+    RowsView slc;  // [T, Hkv, D]
+    RowsView swa;  // [T, Hkv, D]; data = null: the window reads slc
+    CachedRows cmp_cache, slc_cache, swa_cache;
+    CachedRows tail;        // what phi sees of the last tokens, at least l - 1
+    CompressFwdParams phi;  // dtype, kind, blocks, heads, dims and weights alone
+  };
+  CachedBatch seqs;
+  Stream k, v;
+  const void* rotary_cos;  // [rotary_rows, Dk], acc: rotates block i of K by row i * d; or null
+  const void* rotary_sin;
+  int64_t rotary_rows;
+  void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
+};
+
+// The most query tokens of a sequence in decode_attention.
+constexpr int64_t kMaxDecodeTokens = 16;
+
+// Attention of a step's tokens, which the cache holds already: three branches and the gate.
+struct DecodeAttentionParams {
+  DType dtype;
+  DType gate_dtype;
+  CachedBatch seqs;
+  AttentionShape shape;
+  KeyBlocks compressed;
+  int64_t block_size;
+  int num_selected_blocks, num_initial_blocks, num_local_blocks;
+  int64_t window;
+  double softmax_scale;
+  RowsView q;               // [T, Hq, Dk]
+  const void* gate_logits;  // [T, Hq, 3], contiguous
+  CachedRows k_cmp, v_cmp;  // block i at row compressed.cached_row(i)
+  CachedRows k_slc, v_slc;
+  CachedRows k_swa, v_swa;  // a ring of at least window - 1 + max_seqlen_q tokens, or all of them
+  void* o;                  // [T, Hq, Dv], contiguous
+  int32_t* block_indices;   // [T, Hkv, n], ascending, -1 = unused
+  void* lse;                // [3, T, Hq], acc: cmp, slc, swa
+  void* workspace;          // CUDA: workspace_bytes(params) bytes; null on the CPU
+};
+
 }  // namespace nsa

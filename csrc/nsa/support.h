@@ -40,6 +40,8 @@ constexpr SupportRow kSupport[] = {
     {"sliding_window_attention", Path::kCpu, kCpuDTypes, {}},
     {"gated_combine", Path::kCpu, kCpuDTypes, {}},
     {"attention", Path::kCpu, kCpuDTypes, {}},
+    {"append_kv", Path::kCpu, kCpuDTypes, {}},
+    {"decode_attention", Path::kCpu, kCpuDTypes, {}},
     // The forward. The backward of these is on the CPU alone.
     {"compress", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"compressed_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},

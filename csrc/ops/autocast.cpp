@@ -115,5 +115,41 @@ Tensor8 attention_forward(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
                       window_size, softmax_scale);
 }
 
+// The caches stay as they are: a copy would be written instead.
+void append_kv(const Tensor& k_cmp_cache, const Tensor& v_cmp_cache, const Tensor& k_slc_cache,
+               const Tensor& v_slc_cache, const OptTensor& k_swa_cache, const OptTensor& v_swa_cache,
+               const Tensor& k_tail, const Tensor& v_tail, const Tensor& k_cmp, const Tensor& v_cmp,
+               const Tensor& k_slc, const Tensor& v_slc, const OptTensor& k_swa, const OptTensor& v_swa,
+               const OptTensor& k_pe, const OptTensor& k_w1, const OptTensor& k_b1, const OptTensor& k_w2,
+               const OptTensor& k_b2, const OptTensor& v_pe, const OptTensor& v_w1, const OptTensor& v_b1,
+               const OptTensor& v_w2, const OptTensor& v_b2, const OptTensor& rotary_cos,
+               const OptTensor& rotary_sin, const Tensor& cache_seqlens, const OptTensor& block_table,
+               const OptTensor& cu_seqlens_q, SymInt max_seqlen_q, int64_t compress_block_size,
+               int64_t compress_stride, std::string_view compress_kind) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Lower lower(k_cmp);
+  ops::append_kv(k_cmp_cache, v_cmp_cache, k_slc_cache, v_slc_cache, k_swa_cache, v_swa_cache, k_tail, v_tail,
+                 lower(k_cmp), lower(v_cmp), lower(k_slc), lower(v_slc), lower(k_swa), lower(v_swa),
+                 lower(k_pe), lower(k_w1), lower(k_b1), lower(k_w2), lower(k_b2), lower(v_pe), lower(v_w1),
+                 lower(v_b1), lower(v_w2), lower(v_b2), rotary_cos, rotary_sin, cache_seqlens, block_table,
+                 cu_seqlens_q, max_seqlen_q, compress_block_size, compress_stride, compress_kind);
+}
+
+Tensor3 decode_attention(const Tensor& q, const Tensor& k_cmp_cache, const Tensor& v_cmp_cache,
+                         const Tensor& k_slc_cache, const Tensor& v_slc_cache, const OptTensor& k_swa_cache,
+                         const OptTensor& v_swa_cache, const Tensor& gate_logits, const Tensor& cache_seqlens,
+                         const OptTensor& block_table, const OptTensor& cu_seqlens_q, SymInt max_seqlen_q,
+                         int64_t compress_block_size, int64_t compress_stride, int64_t block_size,
+                         int64_t num_selected_blocks, int64_t num_initial_blocks, int64_t num_local_blocks,
+                         int64_t window_size, double softmax_scale) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Lower lower(q);
+  return ops::decode_attention(lower(q), k_cmp_cache, v_cmp_cache, k_slc_cache, v_slc_cache, k_swa_cache,
+                               v_swa_cache, lower(gate_logits), cache_seqlens, block_table, cu_seqlens_q,
+                               max_seqlen_q, compress_block_size, compress_stride, block_size,
+                               num_selected_blocks, num_initial_blocks, num_local_blocks, window_size,
+                               softmax_scale);
+}
+
 }  // namespace autocast
 }  // namespace nsa::ops

@@ -1,8 +1,8 @@
 // nsa::compress: phi, from tokens to compressed blocks.
+#include "ops/compress.h"
+
 #include "ops/autograd.h"
-#include "ops/checks.h"
 #include "ops/launch_device.h"
-#include "ops/ops.h"
 #include "ops/tensors.h"
 
 namespace nsa::ops {
@@ -10,32 +10,24 @@ namespace {
 
 constexpr const char* kForward = "compress";
 constexpr const char* kBackward = "compress_backward";
-constexpr size_t kNumTensors = 6;  // x and the parameters
-constexpr size_t kNumParameters = kNumTensors - 1;
-constexpr const char* kParameterNames[kNumParameters] = {"pe", "w1", "b1", "w2", "b2"};
+constexpr size_t kNumTensors = 1 + kNumPhiParameters;  // x and the parameters
+constexpr const char* kParameterNames[kNumPhiParameters] = {"pe", "w1", "b1", "w2", "b2"};
 
-using Parameters = std::array<Tensor, kNumParameters>;  // pe, w1, b1, w2, b2; undefined where None
-
-Parameters parameters(const OptTensor& pe, const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
-                      const OptTensor& b2) {
+PhiParameters parameters(const OptTensor& pe, const OptTensor& w1, const OptTensor& b1, const OptTensor& w2,
+                         const OptTensor& b2) {
   return {or_undefined(pe), or_undefined(w1), or_undefined(b1), or_undefined(w2), or_undefined(b2)};
 }
 
-// What the checks establish.
-struct Phi {
-  CompressKind kind;
-  KeyBlocks blocks;
-  int num_heads, head_dim, hidden_size;
-  bool per_head;
-};
-
 enum class Presence { kAbsent, kOptional, kRequired };
 
-Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, const OptTensor& cu_seqlens,
-          const SymInt& max_seqlen, int64_t block_size, int64_t stride, std::string_view kind) {
+}  // namespace
+
+Phi check_phi(const Checks& checks, const Tensor& x, const PhiParameters& parameters,
+              const OptTensor& cu_seqlens, const SymInt& max_seqlen, int64_t block_size, int64_t stride,
+              std::string_view kind) {
   using enum Presence;
   Phi phi{};
-  std::array<Presence, kNumParameters> presence;  // of pe, w1, b1, w2, b2
+  std::array<Presence, kNumPhiParameters> presence;  // of pe, w1, b1, w2, b2
   if (kind == "mlp") {
     phi.kind = CompressKind::kMlp;
     presence = {kOptional, kRequired, kOptional, kRequired, kOptional};
@@ -61,7 +53,7 @@ Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, c
 
   SymInt heads = 1;  // the leading dimension of every parameter
   phi.hidden_size = phi.head_dim;
-  for (size_t i = 0; i < kNumParameters; ++i) {
+  for (size_t i = 0; i < kNumPhiParameters; ++i) {
     const Tensor& parameter = parameters[i];
     TORCH_CHECK_VALUE(parameter.defined() ? presence[i] != kAbsent : presence[i] != kRequired,
                       "nsa::", kForward, ": ", kParameterNames[i],
@@ -94,33 +86,41 @@ Phi check(const Checks& checks, const Tensor& x, const Parameters& parameters, c
   return phi;
 }
 
+PhiParameters set_phi(const Phi& phi, const PhiParameters& given, DType dtype, CompressFwdParams* params) {
+  PhiParameters parameters;
+  for (size_t i = 0; i < kNumPhiParameters; ++i) {
+    if (given[i].defined()) parameters[i] = given[i].contiguous();
+  }
+  params->dtype = dtype;
+  params->kind = phi.kind;
+  params->blocks = phi.blocks;
+  params->num_heads = phi.num_heads;
+  params->head_dim = phi.head_dim;
+  params->hidden_size = phi.hidden_size;
+  params->per_head = phi.per_head;
+  params->pe = const_pointer(parameters[0]);
+  params->w1 = const_pointer(parameters[1]);
+  params->b1 = const_pointer(parameters[2]);
+  params->w2 = const_pointer(parameters[3]);
+  params->b2 = const_pointer(parameters[4]);
+  return parameters;
+}
+
+namespace {
+
 SymInt num_rows(const Tensor& x, int64_t stride) { return x.sym_size(0) / stride; }
 
 // The parameters of a launch, with the tensors behind their pointers.
 struct Prepared {
   Tensor x, cu_seqlens, workspace;
-  Parameters parameters;
+  PhiParameters parameters;
   CompressFwdParams params{};
 
-  Prepared(const Phi& phi, const Tensor& x_, const Parameters& given, const OptTensor& cu_seqlens_,
+  Prepared(const Phi& phi, const Tensor& x_, const PhiParameters& given, const OptTensor& cu_seqlens_,
            const SymInt& max_seqlen)
       : x(as_rows(x_)) {
-    for (size_t i = 0; i < kNumParameters; ++i) {
-      if (given[i].defined()) parameters[i] = given[i].contiguous();
-    }
-    params.dtype = dtype_of(x);
-    params.kind = phi.kind;
-    params.blocks = phi.blocks;
-    params.num_heads = phi.num_heads;
-    params.head_dim = phi.head_dim;
-    params.hidden_size = phi.hidden_size;
-    params.per_head = phi.per_head;
+    parameters = set_phi(phi, given, dtype_of(x), &params);
     params.x = rows_view(x);
-    params.pe = const_pointer(parameters[0]);
-    params.w1 = const_pointer(parameters[1]);
-    params.b1 = const_pointer(parameters[2]);
-    params.w2 = const_pointer(parameters[3]);
-    params.b2 = const_pointer(parameters[4]);
     params.num_rows = x.size(0) / phi.blocks.stride;
     if (x.is_cuda()) {
       const int64_t heads = phi.per_head ? phi.num_heads : 1;
@@ -179,9 +179,9 @@ namespace kernels {
 Tensor compress(const Tensor& x, const OptTensor& pe, const OptTensor& w1, const OptTensor& b1,
                 const OptTensor& w2, const OptTensor& b2, const OptTensor& cu_seqlens, SymInt max_seqlen,
                 int64_t block_size, int64_t stride, std::string_view kind) {
-  const Parameters given = parameters(pe, w1, b1, w2, b2);
+  const PhiParameters given = parameters(pe, w1, b1, w2, b2);
   const Phi phi =
-      check(Checks(kForward, kForward), x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
+      check_phi(Checks(kForward, kForward), x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
   const Tensor out = at::zeros_symint({num_rows(x, stride), phi.num_heads, phi.head_dim}, x.options());
   if (out.is_meta()) return out;
   Prepared prepared(phi, x, given, cu_seqlens, max_seqlen);
@@ -195,9 +195,9 @@ Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor&
                           const OptTensor& b1, const OptTensor& w2, const OptTensor& b2,
                           const OptTensor& cu_seqlens, SymInt max_seqlen, int64_t block_size, int64_t stride,
                           std::string_view kind, GradMask<6> grad_mask) {
-  const Parameters given = parameters(pe, w1, b1, w2, b2);
+  const PhiParameters given = parameters(pe, w1, b1, w2, b2);
   const Checks checks(kBackward, kForward);
-  const Phi phi = check(checks, x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
+  const Phi phi = check_phi(checks, x, given, cu_seqlens, max_seqlen, block_size, stride, kind);
   checks.shape({"d_out", d_out}, {num_rows(x, stride), phi.num_heads, phi.head_dim}, "[S // stride, H, D]");
   checks.alike({"x", x}, {{"d_out", d_out}});
 

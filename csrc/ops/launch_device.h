@@ -20,7 +20,9 @@ NSA_FOR_EACH_OP(NSA_DECLARE_LAUNCH)
   X(SelectBlocksParams)           \
   X(BandedAttentionBwdParams)     \
   X(SelectedAttentionBwdParams)   \
-  X(CompressBwdParams)
+  X(CompressBwdParams)            \
+  X(AppendKvParams)               \
+  X(DecodeAttentionParams)
 #define NSA_DECLARE_WORKSPACE(Params) at::Tensor allocate_workspace(c10::Device device, Params* params);
 NSA_FOR_EACH_WORKSPACE(NSA_DECLARE_WORKSPACE)
 #undef NSA_DECLARE_WORKSPACE

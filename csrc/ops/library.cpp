@@ -14,6 +14,8 @@
   "Tensor x, Tensor? pe, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? cu_seqlens, " \
   "SymInt max_seqlen, int block_size, int stride, str kind"
 
+#define CACHE_STEP "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, SymInt max_seqlen_q, "
+
 TORCH_LIBRARY(nsa, m) {
   const auto define = [&m](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
 
@@ -34,6 +36,18 @@ TORCH_LIBRARY(nsa, m) {
   define("attention_forward(" BRANCHES CU CONFIG
          ") -> (Tensor o, Tensor block_indices, Tensor o_cmp, Tensor o_slc, Tensor o_swa, "
          "Tensor lse_cmp, Tensor lse_slc, Tensor lse_swa)");
+
+  define(
+      "append_kv(Tensor(a!) k_cmp_cache, Tensor(b!) v_cmp_cache, Tensor(c!) k_slc_cache, "
+      "Tensor(d!) v_slc_cache, Tensor(e!)? k_swa_cache, Tensor(f!)? v_swa_cache, Tensor(g!) k_tail, "
+      "Tensor(h!) v_tail, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor? k_swa, "
+      "Tensor? v_swa, Tensor? k_pe, Tensor? k_w1, Tensor? k_b1, Tensor? k_w2, Tensor? k_b2, Tensor? v_pe, "
+      "Tensor? v_w1, Tensor? v_b1, Tensor? v_w2, Tensor? v_b2, Tensor? rotary_cos, Tensor? "
+      "rotary_sin, " CACHE_STEP "int compress_block_size, int compress_stride, str compress_kind) -> ()");
+  define(
+      "decode_attention(Tensor q, Tensor k_cmp_cache, Tensor v_cmp_cache, Tensor k_slc_cache, "
+      "Tensor v_slc_cache, Tensor? k_swa_cache, Tensor? v_swa_cache, Tensor gate_logits, " CACHE_STEP CONFIG
+      ") -> (Tensor o, Tensor block_indices, Tensor lse)");
 
   // An unwanted gradient comes back as an empty tensor of shape [0].
   define("compress_backward(Tensor d_out, " PHI
@@ -71,7 +85,9 @@ TORCH_LIBRARY_IMPL(nsa, CPU, m){NSA_FOR_EACH_OPERATOR(IMPL_KERNEL)} TORCH_LIBRAR
 TORCH_LIBRARY_IMPL(nsa, Autograd, m){NSA_FOR_EACH_OPERATOR(IMPL_AUTOGRAD)}
 
 #define IMPL_AUTOCAST(name, Fn) m.impl(#name, &nsa::ops::autocast::name);
-TORCH_LIBRARY_IMPL(nsa, AutocastCPU,
-                   m){NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST)} TORCH_LIBRARY_IMPL(nsa, AutocastCUDA, m) {
-  NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST)
+#define IMPL_AUTOCAST_ALL                      \
+  NSA_FOR_EACH_FORWARD_OPERATOR(IMPL_AUTOCAST) \
+  NSA_FOR_EACH_CACHE_OPERATOR(IMPL_AUTOCAST)
+TORCH_LIBRARY_IMPL(nsa, AutocastCPU, m){IMPL_AUTOCAST_ALL} TORCH_LIBRARY_IMPL(nsa, AutocastCUDA, m) {
+  IMPL_AUTOCAST_ALL
 }

@@ -5,7 +5,7 @@
 //   nsa::ops::name            the operator itself, to call from C++
 //   nsa::ops::kernels::name   its kernel on every device and on Meta: checks, output allocation, launch
 //   nsa::ops::autograd::name  its differentiation
-// and, for the forward operators, nsa::ops::autocast::name.
+// and, for all but backward operators, nsa::ops::autocast::name.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -116,6 +116,28 @@ using AttentionBackwardFn = Tensor8(
     int64_t compress_stride, int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
     int64_t num_local_blocks, int64_t window_size, double softmax_scale, GradMask<8> grad_mask);
 
+// The *_cache and *_tail tensors are written in place.
+using AppendKvFn = void(const Tensor& k_cmp_cache, const Tensor& v_cmp_cache, const Tensor& k_slc_cache,
+                        const Tensor& v_slc_cache, const OptTensor& k_swa_cache, const OptTensor& v_swa_cache,
+                        const Tensor& k_tail, const Tensor& v_tail, const Tensor& k_cmp, const Tensor& v_cmp,
+                        const Tensor& k_slc, const Tensor& v_slc, const OptTensor& k_swa,
+                        const OptTensor& v_swa, const OptTensor& k_pe, const OptTensor& k_w1,
+                        const OptTensor& k_b1, const OptTensor& k_w2, const OptTensor& k_b2,
+                        const OptTensor& v_pe, const OptTensor& v_w1, const OptTensor& v_b1,
+                        const OptTensor& v_w2, const OptTensor& v_b2, const OptTensor& rotary_cos,
+                        const OptTensor& rotary_sin, const Tensor& cache_seqlens,
+                        const OptTensor& block_table, const OptTensor& cu_seqlens_q, SymInt max_seqlen_q,
+                        int64_t compress_block_size, int64_t compress_stride, std::string_view compress_kind);
+// (o, block_indices, lse of cmp, slc, swa)
+using DecodeAttentionFn = Tensor3(const Tensor& q, const Tensor& k_cmp_cache, const Tensor& v_cmp_cache,
+                                  const Tensor& k_slc_cache, const Tensor& v_slc_cache,
+                                  const OptTensor& k_swa_cache, const OptTensor& v_swa_cache,
+                                  const Tensor& gate_logits, const Tensor& cache_seqlens,
+                                  const OptTensor& block_table, const OptTensor& cu_seqlens_q,
+                                  SymInt max_seqlen_q, int64_t compress_block_size, int64_t compress_stride,
+                                  int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
+                                  int64_t num_local_blocks, int64_t window_size, double softmax_scale);
+
 #define NSA_FOR_EACH_FORWARD_OPERATOR(X)                \
   X(compress, CompressFn)                               \
   X(compressed_attention, CompressedAttentionFn)        \
@@ -135,9 +157,15 @@ using AttentionBackwardFn = Tensor8(
   X(gated_combine_backward, GatedCombineBackwardFn)                      \
   X(attention_backward, AttentionBackwardFn)
 
-#define NSA_FOR_EACH_OPERATOR(X)   \
-  NSA_FOR_EACH_FORWARD_OPERATOR(X) \
-  NSA_FOR_EACH_BACKWARD_OPERATOR(X)
+// On an inference cache; not differentiable.
+#define NSA_FOR_EACH_CACHE_OPERATOR(X) \
+  X(append_kv, AppendKvFn)             \
+  X(decode_attention, DecodeAttentionFn)
+
+#define NSA_FOR_EACH_OPERATOR(X)    \
+  NSA_FOR_EACH_FORWARD_OPERATOR(X)  \
+  NSA_FOR_EACH_BACKWARD_OPERATOR(X) \
+  NSA_FOR_EACH_CACHE_OPERATOR(X)
 
 #define NSA_DECLARE_OPERATOR(name, Fn)                  \
   struct name##_tag {                                   \
@@ -158,6 +186,7 @@ NSA_FOR_EACH_OPERATOR(NSA_DECLARE_OPERATOR)
   Fn name;                             \
   }
 NSA_FOR_EACH_FORWARD_OPERATOR(NSA_DECLARE_AUTOCAST)
+NSA_FOR_EACH_CACHE_OPERATOR(NSA_DECLARE_AUTOCAST)
 #undef NSA_DECLARE_AUTOCAST
 
 }  // namespace nsa::ops
