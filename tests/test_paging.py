@@ -110,14 +110,14 @@ class CacheMachine(RuleBasedStateMachine):
             return  # the limits are tested in test_cache.py
         self.tokens = [t[: len(t) - n] for t, n in zip(self.tokens, tokens, strict=True)]
 
-    @rule(source=st.integers(0, 2), target=st.integers(0, 2))
-    def fork(self, source: int, target: int) -> None:
-        if self.tokens[target]:
+    @rule(source=st.integers(0, 2), to=st.integers(0, 2))
+    def fork(self, source: int, to: int) -> None:
+        if self.tokens[to]:
             with pytest.raises(ValueError, match="must be empty"):
-                self.cache.fork(source, target)
+                self.cache.fork(source, to)
         else:
-            self.cache.fork(source, target)
-            self.tokens[target] = list(self.tokens[source])
+            self.cache.fork(source, to)
+            self.tokens[to] = list(self.tokens[source])
 
     @rule(sequence=st.integers(0, 2))
     def reset(self, sequence: int) -> None:

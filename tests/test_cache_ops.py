@@ -1,0 +1,354 @@
+"""nsa::append_kv and nsa::decode_attention against the reference, on caches written by plain indexing."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_case import (
+    assert_selection_like_reference,
+    attention_reference,
+    attention_rest,
+    attention_tensors,
+)
+from cache_case import CACHE_CASES, LAYOUTS, CacheCase
+from cases import Case, Inputs, by_target
+from harness import largest_logit, to
+from tolerance import accumulator, assert_close, assert_lse_close
+from torch import Tensor
+
+from nsa_ext import ops, reference
+from nsa_ext.modules import apply_rope, rope_tables
+
+by_case = pytest.mark.parametrize("case", CACHE_CASES, ids=lambda case: case.name)
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def decode(cache: CacheCase) -> tuple[Tensor, Tensor, Tensor]:
+    x, case = cache.x, cache.x.case
+    n, initial, local = case.select
+    return ops.decode_attention(
+        x.q,
+        *cache.streams.values(),
+        x.gate_logits(),
+        **cache.step(),
+        compress_block_size=case.compress[0],
+        compress_stride=case.compress[1],
+        block_size=case.block_size,
+        num_selected_blocks=n,
+        num_initial_blocks=initial,
+        num_local_blocks=local,
+        window_size=case.window,
+        softmax_scale=x.scale,
+    )
+
+
+@by_layout
+@by_target
+@by_case
+def test_decode_attention(case: Case, device: str, dtype: torch.dtype, layout: str) -> None:
+    x = Inputs(case, dtype, device)
+    cache = CacheCase(x, layout, case.lengths)
+    o, indices, lse = decode(cache)
+    tensors = attention_tensors(x)
+    if not cache.has_ring:
+        tensors |= {"k_swa": tensors["k_slc"], "v_swa": tensors["v_slc"]}
+    results = []
+    for precision in (torch.float64, None):
+        arguments = [to(t, precision) for t in tensors.values()]
+        rest = [to(r) for r in attention_rest(x)]
+        results.append(attention_reference(indices, every_output=True)(*arguments, *rest))
+    exact, baseline = results
+    logit = max(largest_logit(x.q, tensors[f"k_{branch}"], x.scale) for branch in ("cmp", "slc", "swa"))
+    assert_close("o", o, exact[0], baseline[0], largest_logit=logit)
+    for name, actual, wanted in zip(("lse_cmp", "lse_slc", "lse_swa"), lse, exact[-3:], strict=True):
+        assert_lse_close(name, actual, wanted, logit)
+    assert_selection_like_reference(x, tensors, indices)
+    again = decode(cache)
+    assert all(torch.equal(a, b) for a, b in zip((o, indices, lse), again, strict=True))
+
+
+KINDS = ("mlp", "linear", "mean")
+
+
+def weights(x: Inputs, kind: str, per_head: bool, dim: int, seed: int) -> list[Tensor | None]:
+    length, heads = x.case.compress[0], x.case.heads[1] if per_head else 1
+    hidden = {"mlp": 64, "linear": dim, "mean": 0}[kind]
+    shapes = (
+        (heads, length, dim),
+        (heads, length * dim, hidden),
+        (heads, hidden),
+        (heads, hidden, dim),
+        (heads, dim),
+    )
+    scales = (0.5, (length * dim) ** -0.5, 0.5, 0.125, 0.5)
+    count = {"mlp": 5, "linear": 3, "mean": 0}[kind]
+    return [
+        x.random(seed + i, *shape) * scale if i < count else None
+        for i, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
+    ]
+
+
+@dataclasses.dataclass
+class Append:
+    """A call of append_kv for the last tokens of a case, and what it must leave behind."""
+
+    x: Inputs
+    layout: str
+    kind: str = "mlp"
+    per_head: bool = False
+    rotary: bool = True
+
+    def __post_init__(self) -> None:
+        case, x = self.x.case, self.x
+        self.held = tuple(n - q for n, q in zip(case.lengths, case.query_lengths, strict=True))
+        self.cache = CacheCase(x, self.layout, self.held)
+        rows = [x.random(60 + i, case.num_keys, case.heads[1], case.dims[i % 2]) for i in range(2)]
+        self.raw = rows
+        self.tails = [self.cache.ring_of(r, self.cache.tail) for r in rows]
+        self.phis = [weights(x, self.kind, self.per_head, case.dims[i], 70 + 10 * i) for i in range(2)]
+        self.tables: list[Tensor | None] = [None, None]
+        if self.rotary:
+            positions = torch.arange(self.cache.page * self.cache.width)
+            self.tables = list(rope_tables(positions, case.dims[0], 100.0, accumulator(x.dtype)))
+            self.tables = [t.to(x.device) for t in self.tables]
+
+    def new(self, rows: Tensor) -> Tensor:
+        """The rows of the step's tokens, and what stands for padding."""
+        lengths, begins = self.x.case.lengths, [sum(self.x.case.lengths[:b]) for b in range(len(self.held))]
+        parts = [rows[a + h : a + n] for a, h, n in zip(begins, self.held, lengths, strict=True)]
+        return torch.cat([*parts, torch.full_like(rows[: self.x.case.pad[0]], float("nan"))])
+
+    def run(self) -> None:
+        x = self.x
+        swa = (x.keys("swa"), x.values("swa"))
+        ops.append_kv(
+            *self.cache.streams.values(),
+            *self.tails,
+            *(self.new(r) for r in (*self.raw, x.keys("slc"), x.values("slc"))),
+            *(self.new(r) if self.cache.has_ring else None for r in swa),
+            *self.phis[0],
+            *self.phis[1],
+            *self.tables,
+            **self.cache.step(),
+            compress_block_size=x.case.compress[0],
+            compress_stride=x.case.compress[1],
+            compress_kind=self.kind,
+        )
+
+    def compressed(self, stream: int, dtype: torch.dtype) -> Tensor:
+        """Every compressed row [S // d, Hkv, D] by the reference."""
+        case = self.x.case
+        phi = [to(w, dtype) for w in self.phis[stream]]
+        cu, longest = to(self.x.cu[1]), max(case.lengths)
+        out = reference.compress(to(self.raw[stream], dtype), *phi, cu, longest, *case.compress, self.kind)
+        if stream == 0 and self.rotary:
+            starts = torch.zeros(len(out), dtype=torch.int64)
+            for b in range(len(self.held)):
+                first, count = case.first_compressed_row(b), case.num_compressed(b)
+                starts[first : first + count] = torch.arange(count) * case.compress[1]
+            out = apply_rope(out, *(to(t, torch.promote_types(dtype, t.dtype))[starts] for t in self.tables))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_head", "rotary"), [(k, k == "linear", k == "mlp") for k in KINDS], ids=KINDS
+)
+@by_layout
+@by_target
+@by_case
+def test_append_kv(
+    case: Case, device: str, dtype: torch.dtype, layout: str, kind: str, per_head: bool, rotary: bool
+) -> None:
+    if rotary and case.dims[0] % 2:
+        pytest.skip("rotary embeddings need an even head dim")
+    call = Append(Inputs(case, dtype, device), layout, kind, per_head, rotary)
+    call.run()
+    after = CacheCase(call.x, layout, case.lengths)
+    for name in ("k_slc_cache", "v_slc_cache", "k_swa_cache", "v_swa_cache"):
+        if after.streams[name] is not None:
+            assert_same_bits(name, call.cache.streams[name], after.streams[name])
+    for name, tail, raw in zip(("k_tail", "v_tail"), call.tails, call.raw, strict=True):
+        assert_same_bits(name, tail, after.ring_of(raw, after.tail))
+    for stream, name in enumerate(("k_cmp_cache", "v_cmp_cache")):
+        exact, baseline = call.compressed(stream, torch.float64), call.compressed(stream, dtype)
+        before = CacheCase(call.x, layout, call.held).streams[name]
+        for b, held in enumerate(call.held):
+            first, count = case.first_compressed_row(b), case.num_compressed(b)
+            old = max(0, (held - case.compress[0]) // case.compress[1] + 1)
+            page, extra = after.page // case.compress[1], case.compress[0] // case.compress[1] - 1
+            at = [after.row(b, i + extra, page) for i in range(count)]
+            for i, where in enumerate(at):
+                if i < old:
+                    assert_same_bits(name, call.cache.streams[name][where], before[where])
+            if count > old:
+                new = slice(first + old, first + count)
+                actual = torch.stack([call.cache.streams[name][where] for where in at[old:]])
+                assert_close(name, actual, exact[new], baseline[new])
+            for where in at:
+                before[where] = call.cache.streams[name][where]
+        assert_same_bits(name, call.cache.streams[name], before)  # nothing else was written
+
+
+def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{name} differs at {(~same).nonzero()[0].tolist()}"
+
+
+# Schemas, registrations, errors.
+
+SMALL = Case(
+    "small", (45, 38), queries=(3, 2), heads=(4, 2), dims=(8, 6), compress=(8, 4), block_size=8, window=9
+)
+STEP = "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, SymInt max_seqlen_q"
+
+
+def names(op: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.nsa, op).default._schema.arguments]
+
+
+def arguments(op: str, layout: str, dtype: torch.dtype = torch.float32) -> dict:
+    x = Inputs(SMALL, dtype)
+    if op == "decode_attention":
+        cache = CacheCase(x, layout, SMALL.lengths)
+        streams = [t.nan_to_num() if t is not None else None for t in cache.streams.values()]
+        values = [x.q, *streams, x.gate_logits(), *cache.step().values(), *SMALL.compress]
+        values += [SMALL.block_size, *SMALL.select, SMALL.window, x.scale]
+    else:
+        call = Append(x, layout)
+        caches = [
+            t.nan_to_num() if t is not None else None for t in (*call.cache.streams.values(), *call.tails)
+        ]
+        new = [call.new(r) for r in (*call.raw, x.keys("slc"), x.values("slc"))]
+        new += [call.new(r) if call.cache.has_ring else None for r in (x.keys("swa"), x.values("swa"))]
+        values = [*caches, *new, *call.phis[0], *call.phis[1], *call.tables, *call.cache.step().values()]
+        values += [*SMALL.compress, "mlp"]
+    return dict(zip(names(op), values, strict=True))
+
+
+by_op = pytest.mark.parametrize("op", ["append_kv", "decode_attention"])
+
+
+def test_schema_of_the_step_is_the_same() -> None:
+    for op in ("append_kv", "decode_attention"):
+        assert STEP in str(getattr(torch.ops.nsa, op).default._schema)
+    mutated = [a.name for a in torch.ops.nsa.append_kv.default._schema.arguments if a.is_write]
+    assert mutated == [*names("decode_attention")[1:7], "k_tail", "v_tail"]
+
+
+@by_op
+@by_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(op: str, layout: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(torch.ops.nsa, op).default, (), arguments(op, layout, dtype))
+
+
+@by_op
+def test_meta_shapes(op: str) -> None:
+    given = arguments(op, "paged_ring")
+    real = getattr(torch.ops.nsa, op)(**given)
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
+    result = getattr(torch.ops.nsa, op)(**meta)
+    assert (real is None) == (result is None)
+    for a, b in zip(real or (), result or (), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@by_op
+def test_autocast_lowers_all_but_the_caches(op: str) -> None:
+    given = arguments(op, "ring")
+    lowered = arguments(op, "ring")
+    caches = [*names("decode_attention")[1:7], "k_tail", "v_tail"]
+    for key, value in given.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not key.startswith("rotary"):
+            lowered[key] = value.bfloat16()
+            if key in caches:
+                given[key] = value.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = getattr(torch.ops.nsa, op)(**given)
+    expected = getattr(torch.ops.nsa, op)(**lowered)
+    for key in caches:
+        if key in given:
+            assert torch.equal(given[key], lowered[key])
+    assert actual is None or all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@by_op
+def test_gradients_are_refused(op: str) -> None:
+    given = arguments(op, "contiguous")
+    name = "q" if op == "decode_attention" else "k_w1"
+    given[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{op} is for inference and not differentiable"):
+        getattr(torch.ops.nsa, op)(**given)
+    with torch.no_grad():
+        getattr(torch.ops.nsa, op)(**given)
+
+
+INT = torch.int32
+ERRORS = {
+    "lengths_dtype": ("both", {"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens has dtype int64"),
+    "too_long": (
+        "both",
+        {"cache_seqlens": torch.tensor([42, 63], dtype=INT)},
+        r"cache_seqlens\[1\] = 63 with 2 new tokens; expected at least 0, and together at most the 64",
+    ),
+    "negative": ("both", {"cache_seqlens": torch.tensor([-1, 2], dtype=INT)}, r"cache_seqlens\[0\] = -1"),
+    "offsets": (
+        "both",
+        {"cu_seqlens_q": torch.tensor([0, 3, 2], dtype=INT)},
+        "cu_seqlens_q decreases from 3 to 2",
+    ),
+    "offsets_end": ("both", {"cu_seqlens_q": torch.tensor([0, 3, 6], dtype=INT)}, r"cu_seqlens_q\[-1\] = 6"),
+    "offsets_max": ("both", {"max_seqlen_q": 2}, "sequence 0 of cu_seqlens_q has 3 tokens; max_seqlen_q = 2"),
+    "offsets_shape": ("both", {"cu_seqlens_q": torch.zeros(2, dtype=INT)}, r"cu_seqlens_q has shape \[2\]"),
+    "uneven": (
+        "both",
+        {"cu_seqlens_q": None},
+        "5 rows; without cu_seqlens_q their number must be a multiple",
+    ),
+    "page": (
+        "both",
+        {"block_table": torch.tensor([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 15, -1]], dtype=INT)},
+        r"block_table\[1, 4\] = 15; expected a page from 0 to 14",
+    ),
+    "table_shape": ("both", {"block_table": torch.zeros(3, 6, dtype=INT)}, r"block_table has shape \[3, 6\]"),
+    "stride": ("both", {"compress_stride": 3}, "compress_stride = 3 does not divide compress_block_size = 8"),
+    "kind": ("append_kv", {"compress_kind": "max"}, 'kind = "max"'),
+    "new_rows": ("append_kv", {"v_slc": torch.zeros(4, 2, 6)}, r"v_slc has shape \[4, 2, 6\].*\[5, 2, 6\]"),
+    "ring_alone": ("append_kv", {"k_swa": None}, "k_swa is None but k_swa_cache is not"),
+    "tail": ("append_kv", {"k_tail": torch.zeros(2, 6, 2, 8)}, "k_tail keeps 6 tokens; expected at least 7"),
+    "rotary": ("append_kv", {"rotary_sin": None}, "rotary_sin is None"),
+    "rotary_rows": (
+        "append_kv",
+        {"rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8)},
+        "rotary_cos has 9 rows; a cache of 64 tokens",
+    ),
+    "tokens": ("decode_attention", {"max_seqlen_q": 17}, "max_seqlen_q = 17; expected at most 16"),
+    "ring": (
+        "decode_attention",
+        {"k_swa_cache": torch.zeros(2, 10, 2, 8), "v_swa_cache": torch.zeros(2, 10, 2, 6)},
+        "k_swa_cache keeps 10 tokens; expected at least 11",
+    ),
+    "cmp": (
+        "decode_attention",
+        {"k_cmp_cache": torch.zeros(2, 5, 2, 8)},
+        r"k_cmp_cache has shape \[2, 5, 2, 8\]",
+    ),
+    "gate": ("decode_attention", {"gate_logits": torch.zeros(5, 4, 2)}, "gate_logits has shape"),
+    "dtype": (
+        "decode_attention",
+        {"q": torch.zeros(5, 4, 8).double()},
+        "k_slc_cache has dtype float32; expected",
+    ),
+    "half": ("decode_attention", {"q": torch.zeros(5, 4, 8).half()}, "q has dtype float16"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name: str) -> None:
+    which, changes, message = ERRORS[name]
+    for op in ("append_kv", "decode_attention") if which == "both" else (which,):
+        given = arguments(op, "paged_ring" if "block_table" in changes else "ring")
+        before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
+        with pytest.raises(ValueError, match=message):
+            getattr(torch.ops.nsa, op)(**(given | changes))
+        assert all(torch.equal(v, given[k]) for k, v in before.items())
