@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from data import EOS, decode, encode
-from model import Decoder, ModelConfig, Packing
+from model import Decoder, ModelConfig
 from runtime import autocast, load_checkpoint
-from torch import Tensor
+from sampling import Sampler
 
 
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, dict]:
@@ -20,19 +23,30 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple
     return model.to(device).eval(), state["options"]
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token from logits [vocab]: the best one at temperature 0, else drawn from the nucleus of mass
-    top_p.
+def stream(
+    model: Decoder, prompts: list[str], count: int, context: int, sampler: Sampler
+) -> Iterator[tuple[int, int]]:
+    """(prompt's number, token) of up to `count` tokens behind each prompt, until EOS.
+
+    Positions stay below `context`, what the model was trained for: a text that reaches it is read again from
+    its last three quarters.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = (logits.double().cpu() / temperature).softmax(-1)
-    ordered, tokens = probabilities.sort(descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
-    return int(tokens[torch.multinomial(ordered, 1, generator=generator)])
+    texts = [encode(prompt) for prompt in prompts]
+    left = dict.fromkeys(range(len(prompts)), count)
+    while any(left.values()):
+        going = [number for number, n in left.items() if n]
+        visible = [texts[i] if len(texts[i]) < context else texts[i][-(context * 3 // 4) :] for i in going]
+        room = max(1, context - max(map(len, visible)))
+        round_count = min(room, max(left.values()))
+        for row, token in model.generate(visible, round_count, sampler, stop=(EOS,)):
+            number = going[row]
+            if left[number] == 0:
+                continue
+            texts[number].append(token)
+            left[number] = 0 if token == EOS else left[number] - 1
+            yield number, token
 
 
-@torch.no_grad()
 def generate(
     model: Decoder,
     prompt: str,
@@ -42,40 +56,40 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Up to `count` bytes that follow the prompt. The whole forward pass runs again for each token, over the
-    last `context`.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = encode(prompt)
-    for _ in range(count):
-        visible = torch.tensor(tokens[-context:], device=device)
-        length = len(visible)
-        packing = Packing(torch.tensor([0, length], dtype=torch.int32, device=device), length, (length,))
-        logits = model(visible, torch.arange(length, device=device), packing)
-        tokens.append(choose(logits[-1], temperature, top_p, generator))
-        if tokens[-1] == EOS:
-            break
-    return decode(tokens[len(encode(prompt)) :])
+    """Up to `count` bytes that follow the prompt."""
+    sampler = Sampler(temperature, top_p, seed)
+    return decode(token for _, token in stream(model, [prompt], count, context, sampler))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
-    parser.add_argument("--prompt", default="def ")
+    parser.add_argument("--prompt", nargs="+", default=["def "], help="several go as one batch")
     parser.add_argument("--count", type=int, default=300, help="bytes to generate")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     model, options = load_model(args.run_dir, device)
+    sampler = Sampler(args.temperature, args.top_p, args.seed)
+    tokens: list[list[int]] = [[] for _ in args.prompt]
+    begin = time.perf_counter()
     with autocast(device, options["autocast"]):
-        text = generate(
-            model, args.prompt, args.count, options["context"], args.temperature, args.top_p, args.seed
-        )
-    print(args.prompt + text)
+        if len(args.prompt) == 1:
+            print(args.prompt[0], end="")
+        for number, token in stream(model, args.prompt, args.count, options["context"], sampler):
+            tokens[number].append(token)
+            if len(args.prompt) == 1 and token < 256:
+                sys.stdout.buffer.write(bytes([token]))
+                sys.stdout.flush()
+    seconds = time.perf_counter() - begin
+    if len(args.prompt) > 1:
+        for prompt, text in zip(args.prompt, tokens, strict=True):
+            print(f"--- {prompt}{decode(text)}")
+    count = sum(map(len, tokens))
+    print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:.0f} per second", file=sys.stderr)
 
 
 if __name__ == "__main__":

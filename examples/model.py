@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from sampling import greedy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -131,9 +133,18 @@ class Layer(nn.Module):
         else:
             self.attention = FullAttention(config)
 
-    def forward(self, x: Tensor, rope: Rope, packing: Packing, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope | None = None,
+        packing: Packing | None = None,
+        mask: Tensor | None = None,
+        cache: nsa_ext.LayerCache | None = None,
+    ) -> Tensor:
         h = self.attention_norm(x)
-        if self.is_nsa:
+        if cache is not None:
+            h = self.attention(h, cache=cache)
+        elif self.is_nsa:
             h = self.attention(
                 h, position_embeddings=rope, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen
             )
@@ -190,6 +201,83 @@ class Decoder(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.float(), targets)
+
+    def new_cache(self, batch_size: int, max_seqlen: int, **options: Any) -> nsa_ext.NSACache:
+        """An empty cache for this model, on its device and in the dtype that its keys will have here."""
+        weight = self.head.weight
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        return nsa_ext.NSACache(
+            *(self.config.nsa_config(), self.config.num_layers, batch_size, max_seqlen),
+            **({"dtype": dtype, "device": weight.device} | options),
+        )
+
+    @torch.no_grad()
+    def read(self, new_tokens: Sequence[Sequence[int]], cache: nsa_ext.NSACache) -> Tensor:
+        """Appends new tokens to each sequence of the cache; the logits [., vocab] behind the last one of
+        every sequence that got any.
+        """
+        counts = [len(tokens) for tokens in new_tokens]
+        tokens = torch.tensor([t for tokens in new_tokens for t in tokens], device=self.head.weight.device)
+        with cache.append(counts):
+            x = self.embedding(tokens)
+            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+                x = layer(x, cache=layer_cache)
+        last = [sum(counts[: b + 1]) - 1 for b, count in enumerate(counts) if count]
+        return self.head(self.norm(x[last]))
+
+    @torch.no_grad()
+    def read_again(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """The logits [., vocab] behind the last token of every sequence, without a cache."""
+        device = self.head.weight.device
+        lengths = tuple(len(tokens) for tokens in sequences)
+        offsets = torch.tensor([sum(lengths[:b]) for b in range(len(lengths) + 1)], device=device)
+        packing = Packing(offsets.int(), max(lengths), lengths)
+        tokens = torch.tensor([t for tokens in sequences for t in tokens], device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        return self(tokens, positions, packing)[offsets[1:] - 1]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        choose: Callable[[int, Tensor], int] = greedy,
+        stop: Sequence[int] = (),
+        chunk: int = 1024,
+        **cache_options: Any,
+    ) -> Iterator[tuple[int, int]]:
+        """Yields (prompt's number, token) as they come, at most `count` tokens per prompt, none behind one of
+        `stop`.
+
+        Prompts of different lengths go together; each is read `chunk` tokens at a time. choose(number,
+        logits [vocab]): sampling.greedy or a sampling.Sampler. Full attention has no cache: it reads all
+        again for every token.
+        """
+        prompts = [list(prompt) for prompt in prompts]
+        histories: list[list[int]] = [[] for _ in prompts]
+        cache = None
+        if self.config.attention == "nsa":
+            longest = max(map(len, prompts), default=0) + count
+            cache = self.new_cache(len(prompts), longest, **cache_options)
+        left = {b: count for b, prompt in enumerate(prompts) if prompt and count > 0}
+        unread = prompts
+        while left:
+            new = [tokens[:chunk] if b in left else [] for b, tokens in enumerate(unread)]
+            unread = [tokens[len(part) :] for tokens, part in zip(unread, new, strict=True)]
+            for history, part in zip(histories, new, strict=True):
+                history += part
+            read = [b for b in range(len(prompts)) if new[b]]
+            logits = self.read(new, cache) if cache else self.read_again([histories[b] for b in read])
+            for b, row in zip(read, logits, strict=True):
+                if unread[b]:  # of a long prompt
+                    continue
+                token = choose(b, row)
+                yield b, token
+                left[b] -= 1
+                unread[b] = [token]
+                if token in stop or left[b] == 0:
+                    del left[b]
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

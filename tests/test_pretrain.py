@@ -19,10 +19,11 @@ sys.path.insert(0, str(EXAMPLES))
 import compare_runs  # noqa: E402
 import data  # noqa: E402
 import pretrain  # noqa: E402
-from generate import choose, generate, load_model  # noqa: E402
+from generate import generate, load_model  # noqa: E402
 from model import Decoder, ModelConfig, Packing  # noqa: E402
 from options import parse_options  # noqa: E402
 from runtime import load_checkpoint  # noqa: E402
+from sampling import choose  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 48}
