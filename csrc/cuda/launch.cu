@@ -36,7 +36,7 @@ bool use_sm90() {
     return Status::error(StatusCode::kUnsupported, #name " has no CUDA kernel yet"); \
   }
 
-NSA_LAUNCH_PORTABLE(banded_attention_forward, BandedAttentionFwdParams)
+NSA_LAUNCH_BEST(banded_attention_forward, BandedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
 NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)

@@ -8,5 +8,6 @@
 namespace nsa::cuda::sm90 {
 
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
+bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status);
 
 }  // namespace nsa::cuda::sm90

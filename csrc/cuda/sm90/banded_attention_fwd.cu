@@ -1,0 +1,495 @@
+// Compressed attention and the sliding window, forward, by TMA and wgmma. docs/kernels/banded_attention.md
+// tells the dataflow.
+//
+// Persistent blocks of three warpgroups, alone or in clusters of two that share the key tiles. The producer
+// (one thread of a warpgroup) walks the work items, a tile of adjacent tokens of one KV head each, longest
+// first, and brings Q, K and V. Two consumer warpgroups own 64 rows each, the heads of the group packed as
+// rows: row r is token r / G, head r % G. Key tiles go from the newest to the oldest. While the tensor cores
+// multiply P V of one tile, the next tile's scores go through the softmax; over the end of an item, the first
+// scores of the next item are multiplied together with the last P V.
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/device.h"
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/sequence_tile.cuh"
+#include "cuda/tile/swizzled_tile.cuh"
+#include "cuda/tile/warpgroup_softmax.cuh"
+
+namespace nsa::cuda::sm90 {
+namespace {
+
+constexpr int kWarpgroupRows = 64;
+
+// What the producer tells a consumer warpgroup about its part of an item. It stays in shared memory, since
+// the consumers have no registers for it.
+struct Item {
+  int64_t row;            // of q: the first token
+  int tokens;             // that exist, at most 64 / G; none where 0 or less
+  int position;           // of the first token
+  int head;               // KV head
+  int first_row;          // of K and V: the first key of the sequence
+  int num_keys;           // of the sequence
+  int bottom, num_tiles;  // key tile i covers [bottom + i * kKeys, bottom + (i + 1) * kKeys)
+  int safe_lo, safe_hi;   // keys that every row sees
+  int seen_lo, seen_hi;   // keys that any query of the sequence sees: values of all others may be garbage
+  bool stop;              // there is no further item, nor this one
+};
+
+template <int kDimQK, int kDimV, int kTileKeys, int kClusterBlocks>
+struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
+  using Config = BandedConfig<kDimQK, kDimV, kTileKeys>;
+  static constexpr int kKeys = kTileKeys, kCluster = kClusterBlocks;
+  static constexpr int kThreads = (Config::kConsumers + 1) * 128;
+  // An item is overwritten when its fourth successor comes: the producer has then seen the Q of its second
+  // successor released, which happens behind its epilogue.
+  static constexpr int kItemSlots = 4;
+  static constexpr int kFullK = 0;
+  static constexpr int kEmptyK = kFullK + 8 * Config::kStages;
+  static constexpr int kFullV = kEmptyK + 8 * Config::kStages;
+  static constexpr int kEmptyV = kFullV + 8 * Config::kStages;
+  static constexpr int kFullQ = kEmptyV + 8 * Config::kStages;
+  static constexpr int kEmptyQ = kFullQ + 8 * Config::kConsumers;
+  static constexpr int kItems = kEmptyQ + 8 * Config::kConsumers;
+  static constexpr int kQ = 1024;
+  static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);  // of a warpgroup
+  static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
+  static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
+  static constexpr int kK = kQ + Config::kConsumers * kBytesQ;
+  static constexpr int kV = kK + Config::kStages * kBytesK;
+  static constexpr int kBytes = kV + Config::kStages * kBytesV;
+  static_assert(kItems + kItemSlots * Config::kConsumers * sizeof(Item) <= kQ);
+  static_assert(kKeys / kCluster % 8 == 0 && kBytes <= 232448);
+};
+
+// KeyBlocks in 32 bits: positions of a sequence fit, and 64-bit divisions are slow.
+struct Visibility {
+  int block, stride, window;
+
+  __device__ int end(int t) const { return t + 1 < block ? 0 : (t + 1 - block) / stride + 1; }
+  __device__ int begin(int t) const { return window <= 0 || t < window ? 0 : end(t - window); }
+};
+
+// What the host works out once, so that the kernel finds it in constant memory.
+struct BandedPlan {
+  CUtensorMap q, k, v;
+  Visibility visible;
+  int num_tiles;  // of tokens, for a cluster each
+  int group;      // G
+  int part;       // tokens of a warpgroup: 64 / G
+  float scale;    // with log2(e) in it
+};
+
+// Where the tile with this number lies in the ring, and the parity of its pass over it.
+template <int kStages>
+struct RingPosition {
+  int slot;
+  uint32_t parity;
+  __device__ __forceinline__ explicit RingPosition(int tile)
+      : slot(tile % kStages), parity(tile / kStages % 2) {}
+};
+
+// The parts of all consumers of this block; `tile` is of the whole cluster. Returns the number of key tiles.
+template <typename Layout>
+__device__ __forceinline__ int describe_items(const BandedAttentionFwdParams& p, const BandedPlan& plan,
+                                              const SequenceTile& tile, int head, int rank, Item* item) {
+  constexpr int kKeys = Layout::kKeys;
+  const Visibility& visible = plan.visible;
+  const int first_row = static_cast<int>(tile.seq.k_begin) / visible.stride;
+  const int num_keys = max(0, min(visible.end(static_cast<int>(tile.seq.k_len) - 1),
+                                  static_cast<int>(p.seqs.key_rows) - first_row));
+  const int position = static_cast<int>(tile.seq.position(tile.begin));
+  const int lo = min(visible.begin(position), num_keys);
+  const int hi = min(visible.end(position + tile.count - 1), num_keys);
+  const int num_tiles = max(1, (hi - lo + kKeys - 1) / kKeys);  // who sees nothing goes through a masked tile
+  // Compressed blocks are tiled from the first on, so that values behind the last one that anybody sees are
+  // met by the last items alone; a window ends at its newest key, so that it takes as few tiles as possible.
+  const int bottom = visible.window > 0 ? hi - num_tiles * kKeys : 0;
+  const int seen_lo = visible.begin(static_cast<int>(tile.seq.position(0)));
+  const int seen_hi = min(visible.end(static_cast<int>(tile.seq.position(tile.seq.q_len - 1))), num_keys);
+#pragma unroll 1
+  for (int w = 0; w < Layout::kConsumers; ++w) {
+    const int skipped = (rank * Layout::kConsumers + w) * plan.part;
+    const int tokens = min(plan.part, tile.count - skipped), first = position + skipped;
+    item[w] = {tile.seq.q_begin + tile.begin + skipped,
+               tokens,
+               first,
+               head,
+               first_row,
+               num_keys,
+               bottom,
+               num_tiles,
+               visible.begin(first + max(tokens, 1) - 1),
+               min(visible.end(first), num_keys),
+               seen_lo,
+               seen_hi,
+               false};
+  }
+  return num_tiles;
+}
+
+template <int kDimQK, int kDimV, typename Layout>
+__device__ __forceinline__ void produce(const BandedAttentionFwdParams& p, const BandedPlan& plan,
+                                        const uint32_t base, unsigned char* shared) {
+  constexpr int kKeys = Layout::kKeys, kStages = Layout::kStages, kConsumers = Layout::kConsumers;
+  constexpr int kCluster = Layout::kCluster, kShare = kKeys / kCluster;
+  const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
+  const int num_items = plan.num_tiles * p.shape.num_heads_kv;
+  int count = 0, tiles = 0;  // items and key tiles so far
+
+  // This block's share of a tile of keys or values, for all blocks of the cluster.
+  const auto load_keys = [&](uint32_t target, const CUtensorMap& map, uint32_t barrier, int dim, int head,
+                             int row) {
+#pragma unroll 1
+    for (int panel = 0; panel < dim / kPanel; ++panel) {
+      const uint32_t to = target + (panel * kKeys + rank * kShare) * kPanelPitch;
+      if constexpr (kCluster > 1) {
+        ptx::bulk_load_3d_multicast(to, &map, barrier, panel * kPanel, head, row + rank * kShare,
+                                    (1 << kCluster) - 1);
+      } else {
+        ptx::bulk_load_3d(to, &map, barrier, panel * kPanel, head, row);
+      }
+    }
+  };
+  const auto wait_for_queries = [&] {  // until those of the last item are used up
+#pragma unroll 1
+    for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
+  };
+  const auto item_of = [&](int which) {
+    return reinterpret_cast<Item*>(shared + Layout::kItems) + which % Layout::kItemSlots * kConsumers;
+  };
+
+  const int team = blockIdx.x / kCluster, teams = gridDim.x / kCluster;
+#pragma unroll 1
+  for (int round = 0; round * teams < num_items; ++round) {
+    // Back and forth over the blocks, so that none gets the longest of every round.
+    const int k = round * teams + (round & 1 ? teams - 1 - team : team);
+    if (k >= num_items) continue;
+    const int tile_number = k / p.shape.num_heads_kv, head = k - tile_number * p.shape.num_heads_kv;
+    Item* const item = item_of(count);
+    int key_tiles;
+    {
+      const SequenceTile tile =
+          find_sequence_tile(p.seqs, plan.num_tiles - 1 - tile_number, plan.part * kConsumers * kCluster);
+      if (tile.count == 0) continue;
+      key_tiles = describe_items<Layout>(p, plan, tile, head, rank, item);
+    }
+    int row = item->first_row + item->bottom + (key_tiles - 1) * kKeys;  // of K and V
+#pragma unroll 1
+    for (int i = 0; i < key_tiles; ++i, row -= kKeys, ++tiles) {
+      const RingPosition<kStages> ring(tiles);
+      const uint32_t full_k = base + Layout::kFullK + 8 * ring.slot,
+                     full_v = base + Layout::kFullV + 8 * ring.slot;
+      ptx::barrier_wait(base + Layout::kEmptyK + 8 * ring.slot, ring.parity ^ 1);
+      ptx::barrier_arrive_expect(full_k, Layout::kBytesK);
+      load_keys(base + Layout::kK + ring.slot * Layout::kBytesK, plan.k, full_k, kDimQK, head, row);
+      if (i == 0) {
+        wait_for_queries();
+#pragma unroll 1
+        for (int w = 0; w < kConsumers; ++w) {
+          const uint32_t full_q = base + Layout::kFullQ + 8 * w;
+          ptx::barrier_arrive_expect(full_q, plan.part * plan.group * kDimQK * 2);
+#pragma unroll 1
+          for (int panel = 0; panel < kDimQK / kPanel; ++panel) {
+            ptx::bulk_load_3d(base + Layout::kQ + w * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch,
+                              &plan.q, full_q, panel * kPanel, head * plan.group,
+                              static_cast<int>(item[w].row));
+          }
+        }
+      }
+      ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
+      ptx::barrier_arrive_expect(full_v, Layout::kBytesV);
+      load_keys(base + Layout::kV + ring.slot * Layout::kBytesV, plan.v, full_v, kDimV, head, row);
+    }
+    ++count;
+  }
+  wait_for_queries();
+#pragma unroll 1
+  for (int w = 0; w < kConsumers; ++w) {
+    item_of(count)[w].stop = true;
+    ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
+  }
+}
+
+template <int kKeys>
+__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const Visibility& visible, int begin,
+                                            int num_keys, int position0, int position1, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int t = h == 0 ? position0 : position1, first = visible.begin(t);
+    const unsigned count = max(0, min(visible.end(t), num_keys) - first);
+    const int lo = first - begin - 2 * (lane & 3);
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) {
+      const int column = 8 * (i / 2) + i % 2;
+      float& score = s[4 * (i / 2) + 2 * h + i % 2];
+      score = static_cast<unsigned>(column - lo) < count ? score : kNegInf;
+    }
+  }
+}
+
+template <typename T, int kDimQK, int kKeys>
+__device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int d = 0; d < kDimQK; d += 16) {
+    ptx::wgmma_shared<T, kKeys>(s, k_major_descriptor(q, kWarpgroupRows, d), k_major_descriptor(k, kKeys, d),
+                                d > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+template <typename T, int kDimV, int kKeys>
+__device__ __forceinline__ void multiply_values(float (&o)[kDimV / 2], const uint32_t (&p)[kKeys / 16][4],
+                                                uint32_t v, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kKeys; k += 16) {
+    ptx::wgmma_registers<T, kDimV>(o, p[k / 16], mn_major_descriptor(v, kKeys, k), accumulate || k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Values that no query sees are multiplied by P = 0, so they must be numbers.
+template <int kDimV, int kKeys>
+__device__ __forceinline__ void clear_unseen_values(uint32_t v, int begin, int seen_lo, int seen_hi,
+                                                    int thread, int barrier) {
+  for (int i = thread; i < kKeys * kDimV / 8; i += 128) {
+    const int key = begin + i / (kDimV / 8);
+    if (key < seen_lo || key >= seen_hi) {
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
+                       v + swizzled_offset(kKeys, i / (kDimV / 8), i % (kDimV / 8))),
+                   "r"(0)
+                   : "memory");
+    }
+  }
+  ptx::async_proxy_fence();
+  ptx::named_barrier_sync(barrier, 128);
+}
+
+template <typename T, int kDimV>
+__device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, int group,
+                                           const volatile Item& item, const float (&o)[kDimV / 2],
+                                           const RowPair& rows, int row0, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int token = (row0 + 8 * h) / group, member = row0 + 8 * h - token * group;
+    const bool valid = token < item.tokens;
+    const float sum = quad_sum(rows.sum[h]);
+    const int64_t row = (item.row + token) * p.shape.num_heads_q + item.head * group + member;
+    store_row<T>(valid ? static_cast<T*>(p.o) + row * kDimV : nullptr,
+                 reinterpret_cast<const float(&)[kDimV / 8][4]>(o), h,
+                 sum == 0.f ? 0.f : __fdividef(1.f, sum), lane);
+    if (valid && (lane & 3) == 0) {
+      static_cast<float*>(p.lse)[row] = rows.max[h] == kNegInf ? kNegInf : (rows.max[h] + log2f(sum)) * kLn2;
+    }
+  }
+}
+
+template <typename T, int kDimQK, int kDimV, typename Layout>
+__device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const BandedPlan& plan,
+                                        const uint32_t base, const unsigned char* shared,
+                                        const int consumer) {
+  constexpr int kKeys = Layout::kKeys, kCluster = Layout::kCluster;
+  const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+  const int row0 = thread / 32 * 16 + lane / 4;
+  const volatile Item* const items =
+      reinterpret_cast<const volatile Item*>(shared + Layout::kItems) + consumer;
+  const uint32_t q = base + Layout::kQ + consumer * Layout::kBytesQ;
+  const uint32_t full_q = base + Layout::kFullQ + 8 * consumer,
+                 empty_q = base + Layout::kEmptyQ + 8 * consumer;
+  // Lane i of every warp tells block i of the cluster that a slot is free.
+  const uint32_t told = kCluster > 1 ? ptx::cluster_address(base, lane % kCluster) : base;
+  using Ring = RingPosition<Layout::kStages>;
+  const auto release = [&](int barriers, Ring ring) {
+    const uint32_t barrier = told + barriers + 8 * ring.slot;
+    if constexpr (kCluster > 1) {
+      ptx::barrier_arrive_cluster_if(barrier, lane < kCluster);
+    } else {
+      ptx::barrier_arrive_if(barrier, lane == 0);
+    }
+  };
+  // The same in all lanes, and known to be: descriptors are then made in uniform registers.
+  const auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
+  const auto k_tile = [&](Ring ring) { return base + Layout::kK + uniform(ring.slot) * Layout::kBytesK; };
+  const auto v_tile = [&](Ring ring) { return base + Layout::kV + uniform(ring.slot) * Layout::kBytesV; };
+
+  float s[kKeys / 2], o[kDimV / 2];
+  uint32_t probabilities[kKeys / 16][4];
+  RowPair rows;
+  int count = 0;  // items so far
+  int tiles = 0;  // key tiles so far: the scores of the latest are in s, its values come next
+
+  const auto item_of = [&](int which) -> const volatile Item& {
+    return items[which % Layout::kItemSlots * Layout::kConsumers];
+  };
+  // Key tiles of an item are numbered from the oldest, 0, to the newest, where the work begins.
+  const auto mask = [&](int key_tile) {
+    const volatile Item& item = item_of(count);
+    const int begin = item.bottom + key_tile * kKeys;
+    if (begin < item.safe_lo || begin + kKeys > item.safe_hi) {
+      mask_scores<kKeys>(s, plan.visible, begin, item.num_keys, item.position + row0 / plan.group,
+                         item.position + (row0 + 8) / plan.group, lane);
+    }
+  };
+  const auto wait_for_keys = [&](Ring ring) {
+    ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
+  };
+  const auto wait_for_values = [&](Ring ring, int key_tile) {
+    const volatile Item& item = item_of(count);
+    const int begin = item.bottom + key_tile * kKeys;
+    ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
+    if (begin < item.seen_lo || begin + kKeys > item.seen_hi) {
+      clear_unseen_values<kDimV, kKeys>(v_tile(ring), begin, item.seen_lo, item.seen_hi, thread,
+                                        1 + consumer);
+    }
+  };
+
+  ptx::barrier_wait(full_q, 0);
+  bool stop = item_of(0).stop;
+  if (!stop) {
+    wait_for_keys(Ring(0));
+    ptx::wgmma_fence();
+    multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(0)));
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(s);
+  }
+#pragma unroll 1
+  while (!stop) {
+    // The scores of the newest tile are in s.
+    release(Layout::kEmptyK, Ring(tiles));
+    int left = item_of(count).num_tiles - 1;
+    bool started = false;  // o holds something
+    ptx::barrier_arrive_if(empty_q, lane == 0 && left == 0);
+    rows.clear();
+    mask(left);
+    softmax_update(s, rows, plan.scale);
+    pack_fragments<T>(probabilities, s);
+#pragma unroll 1
+    for (; left > 0; ++tiles) {
+      wait_for_values(Ring(tiles), left);
+      wait_for_keys(Ring(tiles + 1));
+      --left;
+      ptx::wgmma_fence();
+      multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(tiles + 1)));
+      multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
+      started = true;
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(s);
+      release(Layout::kEmptyK, Ring(tiles + 1));
+      ptx::barrier_arrive_if(empty_q, lane == 0 && left == 0);
+      mask(left);
+      const bool rescale = softmax_update(s, rows, plan.scale);
+      if (left > 0 && rows.sum[0] + rows.sum[1] >= 0.f) wait_for_keys(Ring(tiles + 2));
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(o);
+      release(Layout::kEmptyV, Ring(tiles));
+      if (rescale) {
+#pragma unroll
+        for (int i = 0; i < kDimV / 2; ++i) o[i] *= rows.shrink[i / 2 % 2];
+      }
+      pack_fragments<T>(probabilities, s);
+    }
+
+    wait_for_values(Ring(tiles), 0);
+    ++count;
+    ptx::barrier_wait(full_q, count & 1);
+    stop = item_of(count).stop;
+    if (!stop) wait_for_keys(Ring(tiles + 1));
+    // Behind the last item, these scores are of stale keys, and nobody reads them.
+    ptx::wgmma_fence();
+    multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(tiles + 1)));
+    multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(s);
+    ptx::pin_registers(o);
+    release(Layout::kEmptyV, Ring(tiles));
+    ++tiles;
+    store_rows<T, kDimV>(p, plan.group, item_of(count - 1), o, rows, row0, lane);
+  }
+}
+
+template <typename T, int kDimQK, int kDimV, int kKeys, int kCluster>
+__global__ void __cluster_dims__(kCluster)
+    __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kCluster>::kThreads, 1)
+        banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
+                                  const __grid_constant__ BandedPlan plan) {
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kCluster>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = ptx::shared_address(shared);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = Layout::kConsumers * 4;
+    for (int i = 0; i < Layout::kStages; ++i) {
+      ptx::barrier_init(base + Layout::kFullK + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kFullV + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyK + 8 * i, kWarps * kCluster);
+      ptx::barrier_init(base + Layout::kEmptyV + 8 * i, kWarps * kCluster);
+    }
+    for (int i = 0; i < Layout::kConsumers; ++i) {
+      ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyQ + 8 * i, 4);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  if constexpr (kCluster > 1) ptx::cluster_sync();
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (warpgroup == Layout::kConsumers) {
+    ptx::release_registers<Layout::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0) produce<kDimQK, kDimV, Layout>(p, plan, base, shared);
+  } else {
+    ptx::claim_registers<Layout::kConsumerRegisters>();
+    consume<T, kDimQK, kDimV, Layout>(p, plan, base, shared, warpgroup);
+  }
+  // The other block may still write into this one's shared memory, and count on its barriers.
+  if constexpr (kCluster > 1) ptx::cluster_sync();
+}
+
+template <typename T, int kDimQK, int kDimV, int kKeys, int kCluster>
+bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kCluster>;
+  const int heads = p.shape.num_heads_kv;
+  BandedPlan plan;
+  plan.group = p.shape.group();
+  if (plan.group > kWarpgroupRows) return false;
+  plan.part = kWarpgroupRows / plan.group;
+  constexpr int64_t kMax = 0x3fffffff;  // 32-bit coordinates and positions, with room for tiles at the ends
+  const int64_t num_tiles = num_sequence_tiles(p.seqs, plan.part * Layout::kConsumers * kCluster);
+  if (num_tiles * heads > kMax || p.seqs.total_q > kMax || p.seqs.key_rows > kMax ||
+      p.seqs.max_seqlen_k > kMax) {
+    return false;
+  }
+  if (!make_tensor_map(&plan.q, p.dtype, p.q, p.seqs.total_q, p.shape.num_heads_q, kDimQK, plan.part,
+                       plan.group) ||
+      !make_tensor_map(&plan.k, p.dtype, p.k, p.seqs.key_rows, heads, kDimQK, kKeys / kCluster, 1) ||
+      !make_tensor_map(&plan.v, p.dtype, p.v, p.seqs.key_rows, heads, kDimV, kKeys / kCluster, 1)) {
+    return false;
+  }
+  plan.num_tiles = static_cast<int>(num_tiles);
+  plan.visible = {static_cast<int>(p.keys.block), static_cast<int>(p.keys.stride),
+                  static_cast<int>(min64(p.window, kMax))};
+  plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
+  const int64_t teams = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount) / kCluster);
+  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kCluster>,
+                   dim3(static_cast<unsigned>(teams * kCluster)), Layout::kThreads, Layout::kBytes, stream, p,
+                   plan);
+  return true;
+}
+
+}  // namespace
+
+bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
+  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v,
+                          [&]<typename T, int kDimQK, int kDimV>() {
+                            if constexpr (kDimQK > 128) {
+                              return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
+                            } else {
+                              if (p.window > 0)
+                                return launch_banded<T, kDimQK, kDimV, 176, 2>(p, stream, status);
+                              return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
+                            }
+                          });
+}
+
+}  // namespace nsa::cuda::sm90
