@@ -30,6 +30,10 @@ constexpr unsigned kCudaDTypes = bit(DType::kBF16) | bit(DType::kF16);
   {                                                          \
     {64, 64}, {96, 96}, {128, 128}, {192, 128}, { 256, 256 } \
   }
+#define NSA_SM90_HEAD_DIMS             \
+  {                                    \
+    {64, 64}, {128, 128}, { 192, 128 } \
+  }
 
 constexpr SupportRow kSupport[] = {
     {"compress", Path::kCpu, kCpuDTypes, {}},
@@ -51,8 +55,11 @@ constexpr SupportRow kSupport[] = {
     {"sliding_window_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"gated_combine", Path::kCudaPortable, kCudaDTypes, {}},
     {"attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"compressed_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
+    {"sliding_window_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
 };
 
 #undef NSA_PORTABLE_HEAD_DIMS
+#undef NSA_SM90_HEAD_DIMS
 
 }  // namespace nsa

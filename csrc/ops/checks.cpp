@@ -49,7 +49,10 @@ std::string head_dim_names(const SupportRow& row) {
   return names.str();
 }
 
-bool runs_on(Path path, c10::DeviceType device) { return (path == Path::kCpu) == (device == c10::kCPU); }
+// What a Hopper kernel does, the portable one does as well.
+bool runs_on(Path path, c10::DeviceType device) {
+  return path == (device == c10::kCPU ? Path::kCpu : Path::kCudaPortable);
+}
 
 bool has_head_dims(const SupportRow& row, const AttentionShape& shape) {
   if (row.head_dims[0].qk == 0) return true;

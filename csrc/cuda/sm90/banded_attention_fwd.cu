@@ -86,9 +86,8 @@ struct BandedPlan {
 // Where the tile with this number lies in the ring, and the parity of its pass over it.
 template <int kStages>
 struct RingPosition {
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ explicit RingPosition(int tile)
+  uint32_t slot, parity;
+  __device__ __forceinline__ explicit RingPosition(uint32_t tile)
       : slot(tile % kStages), parity(tile / kStages % 2) {}
 };
 
@@ -138,7 +137,7 @@ __device__ __forceinline__ void produce(const BandedAttentionFwdParams& p, const
   constexpr int kCluster = Layout::kCluster, kShare = kKeys / kCluster;
   const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
   const int num_items = plan.num_tiles * p.shape.num_heads_kv;
-  int count = 0, tiles = 0;  // items and key tiles so far
+  uint32_t count = 0, tiles = 0;  // items and key tiles so far
 
   // This block's share of a tile of keys or values, for all blocks of the cluster.
   const auto load_keys = [&](uint32_t target, const CUtensorMap& map, uint32_t barrier, int dim, int head,
@@ -158,7 +157,7 @@ __device__ __forceinline__ void produce(const BandedAttentionFwdParams& p, const
 #pragma unroll 1
     for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
   };
-  const auto item_of = [&](int which) {
+  const auto item_of = [&](uint32_t which) {
     return reinterpret_cast<Item*>(shared + Layout::kItems) + which % Layout::kItemSlots * kConsumers;
   };
 
@@ -311,17 +310,17 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
   };
   // The same in all lanes, and known to be: descriptors are then made in uniform registers.
-  const auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
+  const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
   const auto k_tile = [&](Ring ring) { return base + Layout::kK + uniform(ring.slot) * Layout::kBytesK; };
   const auto v_tile = [&](Ring ring) { return base + Layout::kV + uniform(ring.slot) * Layout::kBytesV; };
 
   float s[kKeys / 2], o[kDimV / 2];
   uint32_t probabilities[kKeys / 16][4];
   RowPair rows;
-  int count = 0;  // items so far
-  int tiles = 0;  // key tiles so far: the scores of the latest are in s, its values come next
+  uint32_t count = 0;  // items so far
+  uint32_t tiles = 0;  // key tiles so far: the scores of the latest are in s, its values come next
 
-  const auto item_of = [&](int which) -> const volatile Item& {
+  const auto item_of = [&](uint32_t which) -> const volatile Item& {
     return items[which % Layout::kItemSlots * Layout::kConsumers];
   };
   // Key tiles of an item are numbered from the oldest, 0, to the newest, where the work begins.
@@ -486,7 +485,7 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
                               return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
                             } else {
                               if (p.window > 0)
-                                return launch_banded<T, kDimQK, kDimV, 176, 2>(p, stream, status);
+                                return launch_banded<T, kDimQK, kDimV, 176, 1>(p, stream, status);
                               return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
                             }
                           });

@@ -170,24 +170,24 @@ __device__ __forceinline__ void store_row(T* row, const float (&out)[kOut][4], i
   const int column = lane & 3;
 #pragma unroll
   for (int d = 0; d < kOut; d += 4) {
-    uint32_t item[4], received[4];
+    uint32_t item[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       item[i] = ptx::pack2<T>(out[d + i][2 * half] * factor, out[d + i][2 * half + 1] * factor);
+      // A 4 x 4 transpose: thread i of the quad ends with item i of all four. First between neighbours, then
+      // between pairs.
 #pragma unroll
-    for (int round = 0; round < 4; ++round) {
-      // This thread sends its item for the quad's thread (column + round) % 4 and receives from (column -
-      // round) % 4.
-      const int to = (column + round) & 3;
-      const uint32_t sent = to == 0 ? item[0] : to == 1 ? item[1] : to == 2 ? item[2] : item[3];
-      const uint32_t got = __shfl_sync(~0u, sent, (lane & ~3) | ((column - round) & 3));
-      const int from = (column - round) & 3;
+    for (int step = 1; step <= 2; step *= 2) {
+      const bool upper = column & step;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) received[i] = from == i ? got : received[i];
+      for (int i = 0; i < 4; ++i) {
+        if (i & step) continue;
+        const uint32_t got = __shfl_xor_sync(~0u, upper ? item[i] : item[i + step], step);
+        (upper ? item[i] : item[i + step]) = got;
+      }
     }
     if (row != nullptr) {
-      *reinterpret_cast<uint4*>(row + d * 8 + column * 8) =
-          make_uint4(received[0], received[1], received[2], received[3]);
+      *reinterpret_cast<uint4*>(row + d * 8 + column * 8) = make_uint4(item[0], item[1], item[2], item[3]);
     }
   }
 }

@@ -157,16 +157,14 @@ TEST_CASE("Hopper banded attention equals the naive loops for every group size",
 TEMPLATE_TEST_CASE("Hopper banded attention equals the naive loops for every head dim", "[sm90][banded]",
                    __nv_bfloat16, __half) {
   if (!is_hopper()) return;
-  const Batch batches[] = {Batch({141, 50}, {301, 77}), Batch({9, 0, 3, 20}, {700, 0, 3, 41}, 5, 100)};
+  const Batch batch({9, 0, 30, 20}, {700, 0, 30, 41}, 5, 100);
   for (const auto& dims : {std::pair{64, 64}, std::pair{128, 128}, std::pair{192, 128}}) {
-    for (const int group : {4, 6, 16}) {
-      const Heads heads{group * 2, 2, dims.first, dims.second};
-      for (const Batch& batch : batches) {
-        for (const Band& band : {kCompressed, window(100), window(512)}) {
-          CAPTURE_CASE(batch, heads, band);
-          CHECK(Problem<TestType>(batch, heads, band).check_naive() == "");
-          CHECK(Problem<TestType>(batch, heads, band, 1000).check_naive() == "");
-        }
+    for (const int group : {6, 16}) {
+      const Heads heads{group, 1, dims.first, dims.second};
+      for (const Band& band : {kCompressed, window(100), window(512)}) {
+        CAPTURE_CASE(batch, heads, band);
+        CHECK(Problem<TestType>(batch, heads, band).check_naive() == "");
+        CHECK(Problem<TestType>(batch, heads, band, 1000).check_naive() == "");
       }
     }
   }
@@ -174,14 +172,14 @@ TEMPLATE_TEST_CASE("Hopper banded attention equals the naive loops for every hea
 
 TEST_CASE("Hopper banded attention at the ends of its tiles", "[sm90][banded]") {
   if (!is_hopper()) return;
-  const Heads heads{32, 2, 128, 128};
-  for (const int edge : {0, 128, 176, 256, 352, 384, 512, 528, 1056}) {
+  const Heads heads{16, 1, 128, 128};
+  for (const int edge : {0, 128, 176, 256, 352, 512, 528}) {
     for (const int keys : {edge - 1, edge, edge + 1}) {
       if (keys < 1) continue;
       for (const int queries : {1, 17}) {
         if (queries > keys) continue;
         const Batch tokens({queries}, {keys}, 0, 30);
-        for (const Band& band : {window(128), window(176), window(512), window(4000)}) {
+        for (const Band& band : {window(176), window(512)}) {
           CAPTURE_CASE(tokens, heads, band);
           CHECK(Problem<__nv_bfloat16>(tokens, heads, band).check_naive() == "");
         }
@@ -195,15 +193,12 @@ TEST_CASE("Hopper banded attention at the ends of its tiles", "[sm90][banded]") 
 
 TEST_CASE("Hopper banded attention equals the portable kernel on many tiles", "[sm90][banded]") {
   if (!is_hopper()) return;
-  const Batch batches[] = {Batch({3000}), Batch({1, 700, 0, 1300, 333, 16, 17, 900},
-                                                {1, 700, 0, 1300, 633, 16, 17, 2900}, 70, 40)};
-  for (const int group : {1, 4, 6, 16, 64}) {
-    const Heads heads{group > 16 ? group : 4 * group, group > 16 ? 1 : 4, 128, 128};
-    for (const Batch& batch : batches) {
-      for (const Band& band : {kCompressed, window(64), window(512), window(2000), Band{{8, 8}, 0}}) {
-        CAPTURE_CASE(batch, heads, band);
-        CHECK(Problem<__nv_bfloat16>(batch, heads, band).check_portable() == "");
-      }
+  const Batch batch({1, 300, 0, 530, 133, 16, 17}, {1, 300, 0, 530, 433, 16, 900}, 70, 40);
+  for (const int group : {1, 6, 16, 64}) {
+    const Heads heads{group > 16 ? group : 2 * group, group > 16 ? 1 : 2, 128, 128};
+    for (const Band& band : {kCompressed, window(512), Band{{8, 8}, 0}}) {
+      CAPTURE_CASE(batch, heads, band);
+      CHECK(Problem<__nv_bfloat16>(batch, heads, band).check_portable() == "");
     }
   }
 }
