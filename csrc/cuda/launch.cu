@@ -37,8 +37,8 @@ bool use_sm90() {
   }
 
 NSA_LAUNCH_BEST(banded_attention_forward, BandedAttentionFwdParams)
-NSA_LAUNCH_PORTABLE(block_scores, BlockScoresParams)
-NSA_LAUNCH_PORTABLE(select_blocks, SelectBlocksParams)
+NSA_LAUNCH_BEST(block_scores, BlockScoresParams)
+NSA_LAUNCH_BEST(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_NONE(append_kv, AppendKvParams)
@@ -56,7 +56,10 @@ Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
   return portable::compress_forward(p, stream);
 }
 
-int64_t workspace_bytes(const SelectBlocksParams& p) { return portable::workspace_bytes(p); }
+// Enough for either path: which one runs is known at the launch.
+int64_t workspace_bytes(const SelectBlocksParams& p) {
+  return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
+}
 int64_t workspace_bytes(const BandedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const CompressBwdParams&) { return 0; }

@@ -9,5 +9,8 @@ namespace nsa::cuda::sm90 {
 
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status);
+bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
+bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status);
+int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 
 }  // namespace nsa::cuda::sm90

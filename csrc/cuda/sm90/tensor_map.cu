@@ -65,4 +65,15 @@ bool make_group_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, 
                    {kColumns, static_cast<cuuint32_t>(box_heads), 1, static_cast<cuuint32_t>(box_rows)});
 }
 
+bool make_group_by_head_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows,
+                                   int heads_kv, int group, int dim, int box_rows, int box_heads) {
+  const int heads = heads_kv * group;
+  const int64_t head = heads == 1 ? dim : view.stride_head, row = rows == 1 ? head * heads : view.stride_row;
+  return encode<4>(map, dtype, view.data,
+                   {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows),
+                    static_cast<cuuint64_t>(group), static_cast<cuuint64_t>(heads_kv)},
+                   {row, head, head * group},
+                   {kColumns, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads), 1});
+}
+
 }  // namespace nsa::cuda::sm90

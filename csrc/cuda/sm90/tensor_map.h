@@ -17,4 +17,8 @@ bool make_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_
 bool make_group_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads_kv,
                            int group, int dim, int box_rows, int box_heads);
 
+// The same with a head's rows one after another: boxes of [heads, rows, 64 columns].
+bool make_group_by_head_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows,
+                                   int heads_kv, int group, int dim, int box_rows, int box_heads);
+
 }  // namespace nsa::cuda::sm90

@@ -1,0 +1,336 @@
+// Importance of selection blocks on Hopper: S^T = K Q^T, so that keys are the rows of a product and (head,
+// token) pairs its columns, in the order [head][token]. A thread then holds all heads of its tokens: the sum
+// over the heads of a group is a sum over its registers.
+//
+// A block takes adjacent tokens of one KV head. One warp fetches tiles of compressed keys into a ring, one
+// the queries, one what is to know of each row; each consumer warpgroup multiplies every key tile with its
+// queries, takes 2^(score - lse), sums over the heads, and hands the sums of a tile over in shared memory,
+// where neighbouring compressed blocks become selection blocks.
+#pragma once
+
+#include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/block_scores.h"
+#include "cuda/tile/sequence_tile.cuh"
+#include "cuda/tile/swizzled_tile.cuh"
+
+namespace nsa::cuda::sm90 {
+
+template <int kDim_, int kHeads_>
+struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
+  using Config = ScoresConfig<kDim_, kHeads_>;
+  static constexpr int kDim = kDim_, kHeads = kHeads_;
+  static constexpr int kOctets = Config::kTokens / 8;
+  static constexpr int kThreads = (Config::kConsumers + 1) * 128;
+  static constexpr int kLsePitch = 36;  // of the 32 columns of a thread: quads read without bank conflicts
+  static constexpr int kSumPitch = kScoresHalo + kScoresKeys + 4;  // neither do they write with any
+
+  // What is to know of the rows of an item.
+  struct Rows {
+    alignas(16) float minus_lse[Config::kConsumers][4 * kLsePitch];  // in base 2; -inf for a head of nobody
+    int end[Config::kConsumers * Config::kTokens];                   // compressed blocks that the token sees
+    int last[Config::kConsumers * Config::kTokens];                  // its last wanted block, -1 for none
+  };
+  struct Shared {
+    alignas(1024) unsigned char q[Config::kConsumers][swizzled_tile_bytes<kDim_>(kScoresColumns)];
+    alignas(1024) unsigned char k[Config::kStages][swizzled_tile_bytes<kDim_>(kScoresKeys)];
+    alignas(16) float sums[Config::kConsumers][2][Config::kTokens][kSumPitch];
+    Rows rows[2];
+    float taps[kScoresMaxTaps];
+    uint64_t q_full[Config::kConsumers], q_empty[Config::kConsumers];
+    uint64_t k_full[Config::kStages], k_empty[Config::kStages];
+    uint64_t rows_full[2], rows_empty[2];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+};
+
+// A place in a ring of kSlots, and the parity of the lap.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+};
+
+// Tokens of one sequence, one KV head, and the key tiles that they need.
+struct ScoresItem {
+  SequenceTile tile;
+  int64_t number;  // of the tile in this launch
+  int head, num_keys, num_tiles;
+};
+
+__device__ __forceinline__ ScoresItem scores_item(const ScoresTask& task, int index) {
+  const BlockScoresParams& p = task.params;
+  ScoresItem item;
+  item.number = task.num_tiles - 1 - index / p.shape.num_heads_kv;
+  item.head = index % p.shape.num_heads_kv;
+  item.tile = find_sequence_tile(p.seqs, task.first_tile + item.number, task.tokens);
+  item.num_keys = static_cast<int>(count_keys(p.seqs, item.tile.seq, p.keys));
+  item.num_tiles = 0;
+  const int last = static_cast<int>(item.tile.seq.position(item.tile.begin + item.tile.count - 1));
+  if (item.tile.count == 0 || last < 0) return item;
+  const int blocks = min((last >> task.block_log2) + 1, static_cast<int>(p.num_blocks));
+  if (blocks <= task.enough_blocks) return item;
+  item.num_tiles =
+      ((blocks - task.unwanted_blocks) * (1 << task.per_block_log2) + kScoresKeys - 1) / kScoresKeys;
+  return item;
+}
+
+// The items of this block, in snake order over items that get shorter.
+template <typename Visit>
+__device__ __forceinline__ void for_each_item(const ScoresTask& task, const Visit& visit) {
+  const int total = static_cast<int>(task.num_tiles) * task.params.shape.num_heads_kv;
+  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  bool backwards = false;
+#pragma unroll 1
+  for (int begin = 0; begin < total; begin += grid, backwards = !backwards) {
+    const int index = begin + (backwards ? grid - 1 - block : block);
+    if (index >= total) continue;
+    const ScoresItem item = scores_item(task, index);
+    if (item.num_tiles > 0) visit(item);
+  }
+}
+
+template <typename Tile>
+__device__ __forceinline__ void produce_keys(const ScoresTask& task, const CUtensorMap* map,
+                                             typename Tile::Shared& shared) {
+  RingPlace<Tile::kStages> place;
+  for_each_item(task, [&](const ScoresItem& item) {
+    int row = static_cast<int>(task.params.keys.first_row(item.tile.seq.k_begin));
+#pragma unroll 1
+    for (int i = 0; i < item.num_tiles; ++i, row += kScoresKeys, place.next()) {
+      const uint32_t full = ptx::shared_address(&shared.k_full[place.slot]);
+      ptx::barrier_wait(ptx::shared_address(&shared.k_empty[place.slot]), place.parity ^ 1);
+      ptx::barrier_arrive_expect(full, sizeof(shared.k[0]));
+      const uint32_t k = ptx::shared_address(shared.k[place.slot]);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kDim / kPanel; ++panel)
+        ptx::bulk_load_3d(k + panel * kScoresKeys * kPanelPitch, map, full, panel * kPanel, item.head, row);
+    }
+  });
+}
+
+template <typename Tile>
+__device__ __forceinline__ void produce_queries(const ScoresTask& task, const CUtensorMap* map,
+                                                typename Tile::Shared& shared) {
+  uint32_t parity = 1;
+  for_each_item(task, [&](const ScoresItem& item) {
+#pragma unroll 1
+    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+      const uint32_t full = ptx::shared_address(&shared.q_full[consumer]);
+      const int team = consumer / task.passes, pass = consumer - team * task.passes;
+      const int row = static_cast<int>(item.tile.seq.q_begin) + item.tile.begin + team * Tile::kTokens;
+      ptx::barrier_wait(ptx::shared_address(&shared.q_empty[consumer]), parity);
+      ptx::barrier_arrive_expect(full, sizeof(shared.q[0]));
+      const uint32_t q = ptx::shared_address(shared.q[consumer]);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kDim / kPanel; ++panel) {
+        ptx::bulk_load_4d(q + panel * kScoresColumns * kPanelPitch, map, full, panel * kPanel, row,
+                          pass * Tile::kHeads, item.head);
+      }
+    }
+    parity ^= 1;
+  });
+}
+
+// By one warp.
+template <typename Tile>
+__device__ __forceinline__ void produce_rows(const ScoresTask& task, typename Tile::Shared& shared,
+                                             int lane) {
+  const BlockScoresParams& p = task.params;
+  const int group = p.shape.group();
+  RingPlace<2> place;
+  for_each_item(task, [&](const ScoresItem& item) {
+    typename Tile::Rows& rows = shared.rows[place.slot];
+    ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
+    const float* lse = static_cast<const float*>(p.lse) +
+                       (item.tile.seq.q_begin + item.tile.begin) * p.shape.num_heads_q + item.head * group;
+#pragma unroll 1
+    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+      const int team = consumer / task.passes, pass = consumer - team * task.passes;
+#pragma unroll
+      for (int i = 0; i < kScoresColumns / 32; ++i) {
+        const int column = i * 32 + lane, token = team * Tile::kTokens + column % Tile::kTokens,
+                  member = pass * Tile::kHeads + column / Tile::kTokens;
+        float value = member < group ? 0.f : __int_as_float(0xff800000);
+        if (member < group && token < item.tile.count)
+          value = lse[static_cast<int64_t>(token) * p.shape.num_heads_q + member] * -1.4426950408889634f;
+        rows.minus_lse[consumer][column % 8 / 2 * Tile::kLsePitch + column / 8 * 2 + column % 2] = value;
+      }
+    }
+#pragma unroll 1
+    for (int token = lane; token < task.tokens; token += 32) {
+      const int t = static_cast<int>(item.tile.seq.position(item.tile.begin + token));
+      const bool valid = token < item.tile.count && t >= 0;
+      const int seen = t + 1 - static_cast<int>(p.keys.block);
+      rows.end[token] = valid && seen >= 0 ? min((seen >> task.stride_log2) + 1, item.num_keys) : 0;
+      rows.last[token] =
+          valid ? min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1) - task.unwanted_blocks : -1;
+    }
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
+    place.next();
+  });
+}
+
+// The scores of the selection blocks that end in this key tile, from the sums of the warpgroups of a team.
+template <typename Tile>
+__device__ __forceinline__ void write_scores(const ScoresTask& task, const typename Tile::Shared& shared,
+                                             const int* last, float* out, int64_t stride, int consumer,
+                                             int slot, int tile, int thread) {
+  const int first = consumer - consumer % task.passes;
+  const int per_tile_log2 = kScoresKeysLog2 - task.per_block_log2, per_tile = 1 << per_tile_log2;
+#pragma unroll 1
+  for (int i = (consumer - first) * 128 + thread; i < Tile::kTokens << per_tile_log2;
+       i += 128 * task.passes) {
+    const int token = i >> per_tile_log2, in_tile = i & (per_tile - 1), j = tile * per_tile + in_tile;
+    const int begin = kScoresHalo + (in_tile << task.per_block_log2);
+    float score = 0.f;
+#pragma unroll 1
+    for (int pass = 0; pass < task.passes; ++pass) {
+      const float* sums = shared.sums[first + pass][slot][token] + begin;
+      if (task.common_weights) {
+        const float4 four = *reinterpret_cast<const float4*>(sums);
+        score += sums[-1] + 2.f * (four.x + four.y + four.z) + four.w;
+      } else {
+        const int before = task.before;
+        for (int x = 0; x < (1 << task.per_block_log2) + before; ++x)
+          score += shared.taps[x] * sums[x - before];
+      }
+    }
+    if (j <= last[token]) out[token * stride + j] = score;
+  }
+}
+
+template <typename T, typename Tile>
+__device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::Shared& shared, int consumer,
+                                        int thread) {
+  constexpr int kOctets = Tile::kOctets;
+  const BlockScoresParams& p = task.params;
+  const int lane = thread & 31, warp = thread >> 5, quad = lane >> 2, column = lane & 3;
+  const int team = consumer / task.passes;
+  const float scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+  const int64_t stride = p.shape.num_heads_kv * task.pitch;
+  const uint32_t q = ptx::shared_address(shared.q[consumer]);
+  RingPlace<Tile::kStages> place;
+  RingPlace<2> rows_place;
+  uint32_t q_parity = 0;
+  int slot = 0;  // of sums
+
+  for_each_item(task, [&](const ScoresItem& item) {
+    const typename Tile::Rows& rows = shared.rows[rows_place.slot];
+    const int64_t first_row =
+        (task.by_tile ? item.number * task.tokens : item.tile.seq.q_begin + item.tile.begin) +
+        team * Tile::kTokens;
+    float* out = task.scores + (first_row * p.shape.num_heads_kv + item.head) * task.pitch;
+    float halo[kOctets][2] = {};  // warp 3: its last eight keys of the tile before
+    ptx::barrier_wait(ptx::shared_address(&shared.rows_full[rows_place.slot]), rows_place.parity);
+    ptx::barrier_wait(ptx::shared_address(&shared.q_full[consumer]), q_parity);
+    q_parity ^= 1;
+#pragma unroll 1
+    for (int tile = 0; tile < item.num_tiles; ++tile) {
+      float acc[kScoresColumns / 2];
+      ptx::barrier_wait(ptx::shared_address(&shared.k_full[place.slot]), place.parity);
+      const uint32_t k = ptx::shared_address(shared.k[place.slot]);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int d = 0; d < Tile::kDim; d += 16) {
+        ptx::wgmma_shared<T, kScoresColumns>(acc, k_major_descriptor(k, kScoresKeys, d),
+                                             k_major_descriptor(q, kScoresColumns, d), d > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(acc);
+      if (lane == 0) {
+        ptx::barrier_arrive(ptx::shared_address(&shared.k_empty[place.slot]));
+        if (tile + 1 == item.num_tiles) ptx::barrier_arrive(ptx::shared_address(&shared.q_empty[consumer]));
+      }
+      place.next();
+
+      float sum[kOctets][2][2] = {};  // [octet of tokens][key + 8 *][token + 1 *]
+      const float4* minus_lse =
+          reinterpret_cast<const float4*>(rows.minus_lse[consumer] + column * Tile::kLsePitch);
+#pragma unroll
+      for (int o = 0; o < kScoresColumns / 8; ++o) {
+        const float4 two = minus_lse[o / 2];
+        const float lse0 = o % 2 ? two.z : two.x, lse1 = o % 2 ? two.w : two.y;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          sum[o % kOctets][h][0] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h], scale, lse0));
+          sum[o % kOctets][h][1] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h + 1], scale, lse1));
+        }
+      }
+
+      const int in_tile = warp * 16 + quad, key = tile * kScoresKeys + in_tile;
+#pragma unroll
+      for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int token = o * 8 + column * 2 + e, end = rows.end[team * Tile::kTokens + token];
+          float* row = shared.sums[consumer][slot][token];
+          const float upper = key < end ? sum[o][0][e] : 0.f, lower = key + 8 < end ? sum[o][1][e] : 0.f;
+          row[kScoresHalo + in_tile] = upper;
+          row[kScoresHalo + in_tile + 8] = lower;
+          if (warp == 3) row[quad] = halo[o][e];
+          halo[o][e] = lower;
+        }
+      }
+      ptx::named_barrier_sync(1 + team, 128 * task.passes);
+      write_scores<Tile>(task, shared, rows.last + team * Tile::kTokens, out, stride, consumer, slot, tile,
+                         thread);
+      slot ^= 1;
+    }
+    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
+    rows_place.next();
+  });
+}
+
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    block_scores_sm90(const __grid_constant__ ScoresTask task, const __grid_constant__ CUtensorMap q_map,
+                      const __grid_constant__ CUtensorMap k_map) {
+  extern __shared__ unsigned char dynamic[];
+  typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(
+      dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024);
+  const int warpgroup = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tile::kConsumers; ++i) {
+      ptx::barrier_init(ptx::shared_address(&shared.q_full[i]), 1);
+      ptx::barrier_init(ptx::shared_address(&shared.q_empty[i]), 4);
+    }
+    for (int i = 0; i < Tile::kStages; ++i) {
+      ptx::barrier_init(ptx::shared_address(&shared.k_full[i]), 1);
+      ptx::barrier_init(ptx::shared_address(&shared.k_empty[i]), 4 * Tile::kConsumers);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::barrier_init(ptx::shared_address(&shared.rows_full[i]), 1);
+      ptx::barrier_init(ptx::shared_address(&shared.rows_empty[i]), 4 * Tile::kConsumers);
+    }
+    ptx::barrier_init_fence();
+  }
+  if (threadIdx.x < kScoresMaxTaps) {
+    // Tap x of selection block j is compressed block j * per_block + x - before; weights do not depend on j.
+    const int64_t j = kScoresHalo, i = (j << task.per_block_log2) + threadIdx.x - task.before;
+    shared.taps[threadIdx.x] = static_cast<float>(overlap(i, j, task.params.keys, task.params.block_size)) /
+                               static_cast<float>(task.params.keys.stride);
+  }
+  __syncthreads();
+
+  if (warpgroup == Tile::kConsumers) {
+    ptx::release_registers<Tile::kProducerRegisters>();
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if (warp == 0 && lane == 0) produce_keys<Tile>(task, &k_map, shared);
+    if (warp == 1 && lane == 0) produce_queries<Tile>(task, &q_map, shared);
+    if (warp == 2) produce_rows<Tile>(task, shared, lane);
+  } else {
+    ptx::claim_registers<Tile::kConsumerRegisters>();
+    consume<T, Tile>(task, shared, warpgroup, threadIdx.x % 128);
+  }
+}
+
+}  // namespace nsa::cuda::sm90

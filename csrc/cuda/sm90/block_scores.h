@@ -1,0 +1,55 @@
+// What the launchers of block scores and the selection share: tile sizes, and the work of one launch.
+#pragma once
+
+#include "nsa/launch.h"
+
+namespace nsa::cuda::sm90 {
+
+constexpr int kScoresKeysLog2 = 6;
+constexpr int kScoresKeys = 1 << kScoresKeysLog2;  // the rows of a product: every l' / d divides it
+constexpr int kScoresColumns = 128;                // (head, token) pairs of a warpgroup
+constexpr int kScoresHalo = 8;                     // sums kept from the tile before: at least l / d - 1
+constexpr int kScoresMaxTaps = 24;                 // compressed blocks that touch a selection block
+
+// kHeads: what the heads of a group are padded to; larger groups take several warpgroups, a team.
+template <int kDim, int kHeads>
+struct ScoresConfig {
+  static constexpr int kTokens = kScoresColumns / kHeads;
+  // Few products are enough in flight when four warpgroups take turns between tensor cores and exponentials.
+  // Shared memory allows fewer where a warpgroup has many tokens or Q is wide.
+  static constexpr int kConsumers = kDim == 192 ? 2
+                                                : (kHeads >= 8   ? 4
+                                                   : kHeads == 4 ? 3
+                                                                 : 2) +
+                                                      (kDim == 64 && kHeads < 8);
+  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && kHeads != 8 ? 4 : 3;
+  // The pool is what the launch gives to each thread, times the threads.
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 152 : 216;
+  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : 56;
+};
+
+struct ScoresTask {
+  BlockScoresParams params;
+  float* scores;  // [row, Hkv, pitch]
+  int64_t pitch;
+  int64_t first_tile, num_tiles;
+  bool by_tile;         // rows are counted from first_tile on (a workspace), else by token
+  bool common_weights;  // l / d = 2, l' / d = 4: weights 1, 2, 2, 2, 1
+  int tokens, passes;   // of a block; warpgroups of a team
+  int block_log2, stride_log2, per_block_log2;
+  int before;  // l / d - 1
+  // The selection takes the last blocks of a query unseen, and all of a query that has few.
+  int unwanted_blocks, enough_blocks;
+};
+
+struct ChoiceTask {
+  SelectBlocksParams params;
+  const float* scores;  // [row, Hkv, pitch], of which pitch is a multiple of 4
+  int64_t pitch;
+  int64_t first_tile, num_tiles;
+  int tokens;  // of a tile
+};
+
+Status launch_choice(const ChoiceTask& task, const Stream& stream);
+
+}  // namespace nsa::cuda::sm90

@@ -1,0 +1,353 @@
+// Hopper block scores against naive loops in double and against the portable kernel; the Hopper selection
+// against a selection made one block at a time from the scores of the same kernel, which it must equal.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "catch2_bridge.h"
+#include "cuda/host/launch_kernel.h"
+#include "cuda/portable/launch.h"
+#include "cuda/sm90/launch.h"
+#include "device_memory.h"
+
+namespace nsa::cuda {
+namespace {
+
+using nsa_test::DeviceArray;
+
+struct Lengths {
+  std::vector<int32_t> q, k;
+  int pad_q = 0, pad_k = 0;  // rows behind the last sequence
+  bool offsets = true;
+  int64_t slack = 0;  // how much max_seqlen_k exceeds the longest sequence
+};
+
+struct Shape {
+  int group, heads_kv, dim;
+  int64_t l, d, block_size;
+  bool equal_keys = false;
+};
+
+struct Choice {
+  int n, num_initial, num_local;
+};
+
+constexpr float kUntouched = -7;
+
+template <typename T>
+std::vector<double> as_doubles(const std::vector<T>& values) {
+  std::vector<double> out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<double>(static_cast<float>(values[i]));
+  return out;
+}
+
+// Random q and k_cmp, with NaN in all rows that no query sees.
+template <typename T>
+struct Problem {
+  Lengths lengths;
+  Shape shape;
+  std::vector<int32_t> cu_q{0}, cu_k{0};
+  int64_t rows_q, rows_k, num_blocks;
+  int heads_q;
+  std::vector<double> q, k, lse, scores;  // scores: kUntouched where there is no candidate
+  BlockScoresParams params{};
+
+  Problem(const Lengths& lens, const Shape& s) : lengths(lens), shape(s), heads_q(s.group * s.heads_kv) {
+    for (int32_t n : lens.q) cu_q.push_back(cu_q.back() + n);
+    for (int32_t n : lens.k) cu_k.push_back(cu_k.back() + n);
+    rows_q = cu_q.back() + lens.pad_q;
+    rows_k = (cu_k.back() + lens.pad_k) / s.d;
+    int64_t longest = 0;
+    for (int32_t n : lens.k) longest = std::max<int64_t>(longest, n);
+    num_blocks = ceil_div(longest + lens.slack, s.block_size);
+
+    std::mt19937 generator(5);
+    std::normal_distribution<float> normal;
+    std::vector<T> q_stored(rows_q * heads_q * s.dim, static_cast<T>(NAN)),
+        k_stored(rows_k * s.heads_kv * s.dim, static_cast<T>(NAN));
+    std::fill_n(q_stored.begin(), static_cast<size_t>(cu_q.back()) * heads_q * s.dim, T());
+    for (int64_t i = 0; i < static_cast<int64_t>(cu_q.back()) * heads_q * s.dim; ++i)
+      q_stored[i] = static_cast<T>(2 * normal(generator));
+    for (size_t b = 0; b < lens.k.size(); ++b) {
+      if (lens.q[b] == 0) continue;
+      const int64_t first = cu_k[b] / s.d, count = KeyBlocks{s.l, s.d}.count(lens.k[b]);
+      for (int64_t i = first * s.heads_kv * s.dim; i < (first + count) * s.heads_kv * s.dim; ++i)
+        k_stored[i] = static_cast<T>(s.equal_keys ? 0.f : normal(generator));
+    }
+    q = as_doubles(q_stored), k = as_doubles(k_stored);
+    params.softmax_scale = 1 / std::sqrt(static_cast<double>(s.dim));
+    solve();
+    upload(q_stored, k_stored);
+  }
+
+  // Logits once, then lse and scores from them, by the definition.
+  void solve() {
+    lse.assign(rows_q * heads_q, NAN);
+    scores.assign(rows_q * shape.heads_kv * num_blocks, kUntouched);
+    for (size_t b = 0; b < lengths.k.size(); ++b) {
+      const int64_t count = KeyBlocks{shape.l, shape.d}.count(lengths.k[b]);
+      for (int64_t i = 0; i < lengths.q[b]; ++i) {
+        const int64_t t = lengths.k[b] - lengths.q[b] + i, row = cu_q[b] + i;
+        for (int g = 0; g < shape.heads_kv; ++g) {
+          double* out = &scores[(row * shape.heads_kv + g) * num_blocks];
+          std::fill_n(out, t / shape.block_size + 1, 0);
+          for (int h = g * shape.group; h < (g + 1) * shape.group; ++h)
+            solve_row(b, t, row, g, h, count, out);
+        }
+      }
+    }
+  }
+
+  void solve_row(size_t b, int64_t t, int64_t row, int g, int h, int64_t count, double* out) {
+    std::vector<double> logits;
+    double largest = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count && i * shape.d + shape.l - 1 <= t; ++i) {
+      const double* key = &k[((cu_k[b] / shape.d + i) * shape.heads_kv + g) * shape.dim];
+      const double* query = &q[(row * heads_q + h) * shape.dim];
+      double dot = 0;
+      for (int c = 0; c < shape.dim; ++c) dot += query[c] * key[c];
+      logits.push_back(dot * params.softmax_scale);
+      largest = std::max(largest, logits.back());
+    }
+    for (double x : logits) sum += std::exp(x - largest);
+    lse[row * heads_q + h] = logits.empty() ? -INFINITY : largest + std::log(sum);
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double p = std::exp(logits[i] - lse[row * heads_q + h]) / static_cast<double>(shape.d);
+      for (int64_t s = i * shape.d; s < static_cast<int64_t>(i) * shape.d + shape.l; ++s) {
+        // A straddling compressed block may reach into a selection block behind the query's own.
+        if (s / shape.block_size <= t / shape.block_size) out[s / shape.block_size] += p;
+      }
+    }
+  }
+
+  std::unique_ptr<DeviceArray<T>> q_device, k_device;
+  std::unique_ptr<DeviceArray<float>> lse_device;
+  std::unique_ptr<DeviceArray<int32_t>> cu_q_device, cu_k_device;
+
+  void upload(const std::vector<T>& q_stored, const std::vector<T>& k_stored) {
+    q_device = std::make_unique<DeviceArray<T>>(q_stored);
+    k_device = std::make_unique<DeviceArray<T>>(k_stored);
+    lse_device = std::make_unique<DeviceArray<float>>(std::vector<float>(lse.begin(), lse.end()));
+    cu_q_device = std::make_unique<DeviceArray<int32_t>>(cu_q);
+    cu_k_device = std::make_unique<DeviceArray<int32_t>>(cu_k);
+    params.dtype = std::is_same_v<T, __half> ? DType::kF16 : DType::kBF16;
+    params.seqs.cu_seqlens_q = lengths.offsets ? cu_q_device->data : nullptr;
+    params.seqs.cu_seqlens_k = lengths.offsets ? cu_k_device->data : nullptr;
+    params.seqs.batch = static_cast<int64_t>(lengths.q.size());
+    params.seqs.total_q = rows_q;
+    for (int32_t n : lengths.q) params.seqs.max_seqlen_q = std::max<int64_t>(params.seqs.max_seqlen_q, n);
+    for (int32_t n : lengths.k) params.seqs.max_seqlen_k = std::max<int64_t>(params.seqs.max_seqlen_k, n);
+    params.seqs.max_seqlen_k += lengths.slack;
+    params.seqs.key_rows = rows_k;
+    params.shape = {heads_q, shape.heads_kv, shape.dim, shape.dim};
+    params.keys = {shape.l, shape.d};
+    params.block_size = shape.block_size;
+    params.q = {q_device->data, static_cast<int64_t>(heads_q) * shape.dim, shape.dim};
+    params.k_cmp = {k_device->data, static_cast<int64_t>(shape.heads_kv) * shape.dim, shape.dim};
+    params.lse = lse_device->data;
+    params.num_blocks = num_blocks;
+  }
+
+  std::vector<float> run_scores(bool portable) {
+    DeviceArray<float> out(std::vector<float>(scores.size(), kUntouched));
+    params.scores = out.data;
+    Status status;
+    if (portable) {
+      status = portable::block_scores(params, {});
+    } else {
+      REQUIRE(sm90::block_scores(params, {}, &status));
+    }
+    REQUIRE(status.ok());
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    return out.host();
+  }
+
+  std::vector<int32_t> run_selection(const Choice& choice) {
+    DeviceArray<int32_t> out(std::vector<int32_t>(rows_q * shape.heads_kv * choice.n, 77));
+    SelectBlocksParams p{params, choice.n, choice.num_initial, choice.num_local, out.data, nullptr};
+    const int64_t bytes = sm90::workspace_bytes(p);
+    DeviceArray<unsigned char> workspace(static_cast<size_t>(bytes));
+    cudaMemset(workspace.data, 0xff, static_cast<size_t>(bytes));
+    p.workspace = workspace.data;
+    Status status;
+    REQUIRE(sm90::select_blocks(p, {}, &status));
+    REQUIRE(status.ok());
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    return out.host();
+  }
+};
+
+double worst_difference(const std::vector<float>& actual, const std::vector<double>& expected) {
+  double worst = 0;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double difference = std::abs(actual[i] - expected[i]) / std::max(1., std::abs(expected[i]));
+    worst = difference <= worst ? worst : std::isnan(difference) ? INFINITY : difference;
+  }
+  return worst;
+}
+
+// Takes one block at a time: forced ones first, then the best of the rest, the lower of two equal ones.
+std::vector<int32_t> naive_selection(const float* scores, int64_t own, const Choice& choice) {
+  std::vector<int32_t> chosen;
+  std::vector<bool> taken(own + 1, false);
+  const auto take = [&](int64_t j) {
+    taken[j] = true;
+    chosen.push_back(static_cast<int32_t>(j));
+  };
+  for (int64_t j = 0; j <= own; ++j) {
+    if (j < choice.num_initial || j > own - choice.num_local) take(j);
+  }
+  while (static_cast<int>(chosen.size()) < choice.n) {
+    int64_t best = -1;
+    for (int64_t j = 0; j <= own; ++j) {
+      if (!taken[j] && (best < 0 || scores[j] > scores[best])) best = j;
+    }
+    if (best < 0) break;
+    take(best);
+  }
+  std::sort(chosen.begin(), chosen.end());
+  chosen.resize(choice.n, -1);
+  return chosen;
+}
+
+template <typename T>
+int64_t wrong_rows(Problem<T>& problem, const std::vector<float>& scores, const Choice& choice) {
+  const std::vector<int32_t> actual = problem.run_selection(choice);
+  int64_t wrong = 0;
+  const int heads = problem.shape.heads_kv;
+  for (size_t b = 0; b < problem.lengths.q.size(); ++b) {
+    for (int64_t i = 0; i < problem.lengths.q[b]; ++i) {
+      const int64_t own = (problem.lengths.k[b] - problem.lengths.q[b] + i) / problem.shape.block_size;
+      for (int g = 0; g < heads; ++g) {
+        const int64_t row = (problem.cu_q[b] + i) * heads + g;
+        const auto expected = naive_selection(&scores[row * problem.num_blocks], own, choice);
+        wrong += !std::equal(expected.begin(), expected.end(), actual.begin() + row * choice.n);
+      }
+    }
+  }
+  for (size_t i = problem.cu_q.back() * static_cast<size_t>(heads) * choice.n; i < actual.size(); ++i)
+    wrong += actual[i] != 77;
+  return wrong;
+}
+
+template <typename T>
+void check(const Lengths& lengths, const Shape& shape, const std::vector<Choice>& choices) {
+  CAPTURE(shape.group, shape.heads_kv, shape.dim, shape.l, shape.d, shape.block_size, lengths.q, lengths.k);
+  Problem<T> problem(lengths, shape);
+  const std::vector<float> scores = problem.run_scores(false);
+  CHECK(worst_difference(scores, problem.scores) < 2e-5);
+  const std::vector<float> portable = problem.run_scores(true);
+  CHECK(worst_difference(scores, {portable.begin(), portable.end()}) < 2e-5);
+  CHECK(scores == problem.run_scores(false));
+  for (const Choice& choice : choices) {
+    CAPTURE(choice.n, choice.num_initial, choice.num_local);
+    CHECK(wrong_rows(problem, scores, choice) == 0);
+  }
+}
+
+const std::vector<Choice> kChoices = {{16, 1, 2}, {4, 1, 2}, {3, 0, 0}, {5, 2, 0}, {1, 0, 1}};
+const Lengths kRagged = {{33, 0, 5, 161, 1}, {33, 0, 5, 161, 300}};
+const Lengths kLong = {{40, 0, 7}, {2500, 80, 1300}, 6, 35};
+
+TEST_CASE("Hopper scores and selection: one sequence", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  check<__nv_bfloat16>({{700}, {700}, 0, 0, false}, {16, 1, 128, 32, 16, 64}, kChoices);
+  check<__half>({{300}, {300}}, {16, 2, 128, 32, 16, 64}, kChoices);
+  check<__nv_bfloat16>({{13}, {1190}, 0, 11, false}, {16, 2, 64, 32, 16, 64}, kChoices);
+  check<__nv_bfloat16>({{1}, {31}}, {16, 1, 128, 32, 16, 64}, kChoices);
+}
+
+TEST_CASE("Hopper scores and selection: every group size", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  for (const int group : {1, 2, 3, 4, 5, 6, 8, 12, 16, 17, 24, 32, 48, 64}) {
+    check<__nv_bfloat16>(kLong, {group, 2, 128, 32, 16, 64}, {{16, 1, 2}, {4, 0, 1}});
+    check<__half>(kRagged, {group, 1, 64, 32, 16, 64}, {{3, 1, 1}});
+    if (group <= 32) check<__nv_bfloat16>(kRagged, {group, 1, 192, 32, 16, 64}, {{3, 1, 1}});
+  }
+}
+
+TEST_CASE("Hopper scores and selection: block sizes and strides", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  for (const int64_t block_size : {32, 64, 128}) {
+    for (const int64_t d : {8, 16, 32, 64}) {
+      for (int64_t l = d; l <= 64; l += d) {
+        if (block_size % d) continue;
+        check<__nv_bfloat16>(kLong, {4, 1, 64, l, d, block_size}, {{9, 1, 2}});
+        check<__nv_bfloat16>(kRagged, {16, 1, 128, l, d, block_size}, {{2, 1, 1}});
+        if (l == 64) check<__half>(kLong, {24, 1, 64, l, d, block_size}, {{9, 1, 2}});
+      }
+    }
+  }
+}
+
+TEST_CASE("Hopper selection: many blocks wanted, and ties", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  const Lengths lengths{{30, 9}, {9000, 4100}, 3, 0, true, 1000};
+  check<__nv_bfloat16>(lengths, {2, 2, 64, 16, 8, 32},
+                       {{64, 1, 2}, {33, 0, 0}, {24, 0, 0}, {25, 0, 1}, {64, 0, 0}});
+  check<__nv_bfloat16>(lengths, {2, 1, 64, 16, 16, 32, true}, {{64, 1, 2}, {16, 1, 2}, {3, 0, 0}});
+  check<__nv_bfloat16>(lengths, {16, 1, 128, 32, 16, 64, true}, {{64, 1, 2}, {16, 1, 2}, {3, 0, 0}});
+}
+
+TEST_CASE("Hopper selection: nothing to do", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  check<__nv_bfloat16>({{0, 0}, {0, 64}, 3, 64}, {16, 1, 128, 32, 16, 64}, {{4, 1, 2}});
+}
+
+TEST_CASE("Hopper selection in several chunks", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  // Scores need not be normalised, so any lse will do, and the selection is checked against its own scores.
+  constexpr int kQueries = 9000, kKeys = 65536, kHeads = 4, kDim = 64, kBlocks = kKeys / 64;
+  const Choice choice{16, 1, 2};
+  std::mt19937 generator(6);
+  std::normal_distribution<float> normal;
+  std::vector<__nv_bfloat16> q(kQueries * kHeads * kDim), k(kKeys / 16 * kHeads * kDim);
+  for (auto& x : q) x = static_cast<__nv_bfloat16>(normal(generator));
+  for (auto& x : k) x = static_cast<__nv_bfloat16>(normal(generator));
+  const DeviceArray<__nv_bfloat16> q_device(q), k_device(k);
+  const DeviceArray<float> lse(std::vector<float>(kQueries * kHeads, 9.f));
+  DeviceArray<float> scores(size_t{kQueries} * kHeads * kBlocks);
+  DeviceArray<int32_t> indices(kQueries * kHeads * choice.n);
+  SelectBlocksParams p{};
+  BlockScoresParams& s = p.scoring;
+  s.dtype = DType::kBF16;
+  s.seqs.total_q = s.seqs.max_seqlen_q = kQueries;
+  s.seqs.max_seqlen_k = kKeys;
+  s.seqs.key_rows = kKeys / 16;
+  s.shape = {kHeads, kHeads, kDim, kDim};
+  s.keys = {32, 16};
+  s.block_size = 64;
+  s.softmax_scale = 0.125;
+  s.q = s.k_cmp = {q_device.data, kHeads * kDim, kDim};
+  s.k_cmp.data = k_device.data;
+  s.lse = lse.data;
+  s.scores = scores.data;
+  s.num_blocks = kBlocks;
+  p.num_selected_blocks = choice.n, p.num_initial_blocks = choice.num_initial;
+  p.num_local_blocks = choice.num_local;
+  p.block_indices = indices.data;
+  const int64_t bytes = sm90::workspace_bytes(p);
+  REQUIRE(bytes < static_cast<int64_t>(scores.size * sizeof(float)));
+  DeviceArray<unsigned char> workspace(static_cast<size_t>(bytes));
+  p.workspace = workspace.data;
+  Status status;
+  REQUIRE(sm90::block_scores(s, {}, &status));
+  REQUIRE(sm90::select_blocks(p, {}, &status));
+  REQUIRE(status.ok());
+  REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+  const std::vector<int32_t> actual = indices.host();
+  int wrong = 0;
+  for (int row = 0; row < kQueries * kHeads; row += row / kHeads % 3 ? 1 : 61) {
+    std::vector<float> row_scores(kBlocks);
+    cudaMemcpy(row_scores.data(), scores.data + static_cast<int64_t>(row) * kBlocks, kBlocks * sizeof(float),
+               cudaMemcpyDeviceToHost);
+    const auto expected = naive_selection(row_scores.data(), (kKeys - kQueries + row / kHeads) / 64, choice);
+    wrong += !std::equal(expected.begin(), expected.end(), actual.begin() + row * choice.n);
+  }
+  CHECK(wrong == 0);
+}
+
+}  // namespace
+}  // namespace nsa::cuda
