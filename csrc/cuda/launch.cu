@@ -39,7 +39,7 @@ bool use_sm90() {
 NSA_LAUNCH_BEST(banded_attention_forward, BandedAttentionFwdParams)
 NSA_LAUNCH_BEST(block_scores, BlockScoresParams)
 NSA_LAUNCH_BEST(select_blocks, SelectBlocksParams)
-NSA_LAUNCH_PORTABLE(selected_attention_forward, SelectedAttentionFwdParams)
+NSA_LAUNCH_BEST(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_NONE(append_kv, AppendKvParams)
 NSA_LAUNCH_NONE(decode_attention, DecodeAttentionParams)

@@ -12,5 +12,6 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
+bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
 
 }  // namespace nsa::cuda::sm90

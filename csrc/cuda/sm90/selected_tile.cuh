@@ -1,0 +1,142 @@
+// Tiles of adjacent tokens that walk the union of their chosen blocks: what the Hopper kernels of selected
+// attention share.
+#pragma once
+
+#include "cuda/tile/sequence_tile.cuh"
+
+namespace nsa::cuda::sm90 {
+
+// How the heads of a group lie in rows: padded to a power of two, so that 64 rows hold whole tokens.
+struct RowPlan {
+  int shift;   // a token has 1 << shift rows, at most 64
+  int tokens;  // of a tile; at most 32, the bits of a mask
+
+  __host__ __device__ RowPlan(int group, int rows) {
+    shift = 0;
+    while (1 << shift < group) ++shift;
+    tokens = rows >> shift < 32 ? rows >> shift : 32;
+  }
+  // The tokens, as bits, of the 16 rows of a warp.
+  __device__ __forceinline__ uint32_t tokens_of_warp(int warp) const {
+    const int first = warp * 16 >> shift;
+    if (first >= tokens) return 0;
+    return (shift >= 4 ? 1u : (1u << (16 >> shift)) - 1) << first;
+  }
+};
+
+// A block of the union, who chose it among the tile's tokens, and which warps have rows of these.
+struct ChosenBlock {
+  static constexpr int kBlockBits = 20;
+  uint32_t block_and_warps;
+  uint32_t tokens;
+
+  __device__ __forceinline__ int block() const { return block_and_warps & ((1 << kBlockBits) - 1); }
+  __device__ __forceinline__ uint32_t warps() const { return block_and_warps >> kBlockBits; }
+};
+
+// A tile as its kernel's warps see it, in shared memory.
+struct ChosenTile {
+  int num_blocks;  // of the union; kNoMoreTiles behind the last tile
+  int num_tokens;
+  int head;       // of the keys
+  int query_row;  // of the first token
+  int position;   // of the first token
+  int key_row;    // of the sequence's first key
+  int num_keys;   // of the sequence
+};
+constexpr int kNoMoreTiles = -1;
+
+// Calls visit(chosen, begin, end) for every kKeys keys of the union that some token of the tile sees: they
+// begin at key `begin` of the sequence, and nobody sees key `end` or later ones.
+template <int kKeys, typename Visit>
+__device__ __forceinline__ void for_each_part(const ChosenTile& tile, const ChosenBlock* blocks,
+                                              int block_size, const Visit& visit) {
+#pragma unroll 1
+  for (int i = 0; i < tile.num_blocks; ++i) {
+    const ChosenBlock chosen = blocks[i];
+    const int last = tile.position + 31 - __clz(chosen.tokens);  // of the last token that chose it
+    int begin = chosen.block() * block_size;
+    const int end = min(last + 1, tile.num_keys), stop = min(begin + block_size, end);
+#pragma unroll 1
+    do {
+      visit(chosen, begin, end);
+      begin += kKeys;
+    } while (begin < stop);
+  }
+}
+
+// Memory of the warp that builds unions.
+struct UnionScratch {
+  uint32_t* bitmap;  // [words]: the blocks that somebody chose
+  int* rank;         // [words]: blocks in front of this word
+  int words;
+};
+
+// Calls visit(token, block) for every legal choice of the tile's tokens; numbers outside 0 .. own are
+// ignored.
+template <typename Visit>
+__device__ __forceinline__ void for_each_choice(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
+                                                int block_shift, int max_blocks, int lane,
+                                                const Visit& visit) {
+  const int n = p.num_selected_blocks, heads = p.shape.num_heads_kv;
+  const int slot_bits = n > 1 ? 32 - __clz(n - 1) : 0;
+  const int32_t* indices = p.block_indices + (static_cast<int64_t>(tile.query_row) * heads + tile.head) * n;
+#pragma unroll 1
+  for (int i = lane; i < tile.num_tokens << slot_bits; i += 32) {
+    const int token = i >> slot_bits, slot = i & ((1 << slot_bits) - 1);
+    if (slot >= n) continue;
+    const int block = __ldg(indices + token * heads * n + slot);
+    const int position = tile.position + token;
+    if (block >= 0 && block < max_blocks && position >= 0 && block <= position >> block_shift)
+      visit(token, block);
+  }
+}
+
+// By one warp: the sorted union of the blocks that the tile's tokens chose. A bitmap makes every row a set.
+__device__ inline int build_union(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
+                                  const RowPlan& plan, int num_warps, const UnionScratch& scratch,
+                                  ChosenBlock* blocks, int lane) {
+  const int block_shift = 31 - __clz(static_cast<int>(p.block_size));
+  const int max_blocks = min((tile.num_keys + (1 << block_shift) - 1) >> block_shift, 32 * scratch.words);
+  const int words = (max_blocks + 31) / 32;
+#pragma unroll 1
+  for (int i = lane; i < words; i += 32) scratch.bitmap[i] = 0;
+  __syncwarp();
+  for_each_choice(p, tile, block_shift, max_blocks, lane,
+                  [&](int, int block) { atomicOr(&scratch.bitmap[block >> 5], 1u << (block & 31)); });
+  __syncwarp();
+  int count = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < words; begin += 32) {
+    const int own = begin + lane < words ? __popc(scratch.bitmap[begin + lane]) : 0;
+    int sum = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (begin + lane < words) scratch.rank[begin + lane] = count + sum - own;
+    count += __shfl_sync(~0u, sum, 31);
+  }
+#pragma unroll 1
+  for (int i = lane; i < count; i += 32) blocks[i].tokens = 0;
+  __syncwarp();
+  for_each_choice(p, tile, block_shift, max_blocks, lane, [&](int token, int block) {
+    const int at = scratch.rank[block >> 5] + __popc(scratch.bitmap[block >> 5] & ((1u << (block & 31)) - 1));
+    blocks[at].block_and_warps = block;
+    atomicOr(&blocks[at].tokens, 1u << token);
+  });
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < count; i += 32) {
+    const uint32_t tokens = blocks[i].tokens;
+    uint32_t warps = 0;
+#pragma unroll 1
+    for (int w = 0; w < num_warps; ++w) warps |= (tokens & plan.tokens_of_warp(w)) != 0 ? 1u << w : 0;
+    blocks[i].block_and_warps |= warps << ChosenBlock::kBlockBits;
+  }
+  __syncwarp();
+  return count;
+}
+
+}  // namespace nsa::cuda::sm90
