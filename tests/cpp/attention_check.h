@@ -17,15 +17,17 @@ struct AttentionProblem {
   double scale;
   Rows<T> q, k, v, d_o;
 
-  AttentionProblem(const Batch& b, const Heads& h, NaiveKeys naive_keys, int64_t key_rows, uint32_t seed)
+  // gap: the gaps between heads and rows are multiples of it; a device wants 16-byte alignment.
+  AttentionProblem(const Batch& b, const Heads& h, NaiveKeys naive_keys, int64_t key_rows, uint32_t seed,
+                   int gap = 1)
       : batch(b),
         heads(h),
         keys(std::move(naive_keys)),
         scale(1 / std::sqrt(static_cast<double>(h.dim_qk))),
-        q(b.total_q(), h.q, h.dim_qk, 3, 5),
-        k(key_rows, h.kv, h.dim_qk, 1, 0),
-        v(key_rows, h.kv, h.dim_v, 0, 7),
-        d_o(b.total_q(), h.q, h.dim_v, 2, 1) {
+        q(b.total_q(), h.q, h.dim_qk, 3 * gap, 5 * gap),
+        k(key_rows, h.kv, h.dim_qk, gap, 0),
+        v(key_rows, h.kv, h.dim_v, 0, 7 * gap),
+        d_o(b.total_q(), h.q, h.dim_v, 2 * gap, gap) {
     q.randomize(seed);
     k.randomize(seed + 1);
     v.randomize(seed + 2);

@@ -14,6 +14,25 @@ struct BandedConfig {
   static constexpr int kRows = kWarps * kSlabs * 16;
 };
 
+// Banded attention, backward. By key tile: 16 keys a warp, whose dK and dV are 16 * (kDimQK + kDimV) / 32
+// registers of a thread; where those are too many (kTogether false), each has a walk of its own. By query
+// tile: as the forward, with dO beside Q in shared memory, hence fewer slabs.
+template <int kDimQK, int kDimV>
+struct BandedBwdConfig {
+  static constexpr int kWarps = 4;
+  static constexpr bool kTogether = kDimQK + kDimV <= 256;
+  static constexpr int kQueryRows = kDimQK <= 96 ? 64 : kDimQK <= 192 ? 32 : 16;  // walked at a time
+  static constexpr int kSlabs = kDimQK <= 96 ? 2 : 1;
+  static constexpr int kWalkedKeys = kDimQK <= 192 ? 32 : 16;
+  static constexpr int kStages = kDimQK <= 192 ? 2 : 1;
+};
+
+// Blocks that the walks of all key tiles are split into where key tiles are few. Walks of compressed keys are
+// the longer the earlier the key is, so many short ones balance; those of a window are alike, and are split
+// only where they would not fill a device.
+constexpr long long kBandedBwdBlocksCompressed = 2048;
+constexpr long long kBandedBwdBlocksWindow = 256;
+
 // Block scores: no output accumulator, but Q, two key tiles and the reduced rows share 99 KB.
 template <int kDimQK>
 struct ScoresConfig {

@@ -7,11 +7,13 @@ namespace nsa::cuda::portable {
 
 #define NSA_DECLARE_PORTABLE(name, Params) Status name(const Params& p, const Stream& stream);
 NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
+NSA_DECLARE_PORTABLE(banded_attention_backward, BandedAttentionBwdParams)
 #undef NSA_DECLARE_PORTABLE
 
 // The partial sums of W1 . vec(PE) that every compress_forward of the device reads.
 Status compress_bias(const CompressFwdParams& p, const Stream& stream);
 
 int64_t workspace_bytes(const SelectBlocksParams& p);
+int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 
 }  // namespace nsa::cuda::portable

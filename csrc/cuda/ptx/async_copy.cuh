@@ -22,6 +22,12 @@ __device__ __forceinline__ void async_copy_16(uint32_t shared, const void* globa
                : "memory");
 }
 
+// The same of 4 bytes, which also go to the first-level cache.
+__device__ __forceinline__ void async_copy_4(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 // PTX: cp.async.commit_group.
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -1,0 +1,83 @@
+// dK and dV of key tiles whose queries are dealt out to several blocks: every block leaves its part in a
+// workspace, and one kernel adds the parts in their order.
+#pragma once
+
+#include "cuda/host/launch_kernel.h"
+#include "cuda/tile/key_tile.cuh"
+
+namespace nsa::cuda {
+
+// [split][tile][head][key of the tile][Dk + Dv] floats.
+struct KeyParts {
+  float* data;
+  int splits;  // 1: no parts, blocks add to the gradients themselves
+  int num_tiles, heads, tile_keys, dim_qk, dim_v;
+
+  __host__ __device__ int64_t row_floats() const { return dim_qk + dim_v; }
+  __host__ __device__ int64_t split_floats() const {
+    return int64_t{num_tiles} * heads * tile_keys * row_floats();
+  }
+  __host__ __device__ int64_t bytes() const { return splits == 1 ? 0 : 4 * splits * split_floats(); }
+  __device__ float* tile(int split, int64_t tile, int head) const {
+    return data + split * split_floats() + (tile * heads + head) * tile_keys * row_floats();
+  }
+};
+
+// As many splits as make `blocks` blocks of all key tiles: a function of shapes alone. A split has at least
+// `least_rows` query rows to walk in the longest sequence there can be.
+inline KeyParts describe_key_parts(const BandedAttentionBwdParams& p, int tile_keys, int64_t blocks,
+                                   int64_t least_rows) {
+  constexpr int64_t kMaxSplits = 32, kMaxBytes = int64_t{256} << 20;
+  KeyParts parts{static_cast<float*>(p.workspace),
+                 1,
+                 static_cast<int>(num_key_tiles(p.seqs, p.keys, tile_keys)),
+                 p.shape.num_heads_kv,
+                 tile_keys,
+                 p.shape.head_dim_qk,
+                 p.shape.head_dim_v};
+  const int64_t tiles = int64_t{parts.num_tiles} * parts.heads;
+  if (tiles == 0) return parts;
+  const int64_t splits = min64(ceil_div(blocks, tiles), kMaxSplits);
+  const int64_t useful = ceil_div(p.seqs.total_q * p.shape.group(), least_rows);
+  parts.splits =
+      static_cast<int>(max64(1, min64(min64(splits, useful), kMaxBytes / (4 * parts.split_floats()))));
+  return parts;
+}
+
+// dk, dv += the parts of all splits, in the order of the splits. Either may be null.
+static __global__ void __launch_bounds__(256)
+    banded_attention_bwd_sum(const SequenceBatch seqs, const KeyBlocks keys, const int64_t window,
+                             const KeyParts parts, float* dk, float* dv) {
+  const int tile_number = blockIdx.x, head = blockIdx.y;
+  const KeyTile tile = find_key_tile(seqs, keys, window, tile_number, parts.tile_keys);
+  const int chunks = static_cast<int>(parts.row_floats()) / 4;
+  const float4* const part = reinterpret_cast<const float4*>(parts.tile(0, tile_number, head));
+  for (int i = threadIdx.x; i < (tile.seen.hi - tile.seen.lo) * chunks; i += blockDim.x) {
+    const int key = tile.seen.lo + i / chunks, column = i % chunks * 4;
+    const bool is_dk = column < parts.dim_qk;
+    float* const gradient = is_dk ? dk : dv;
+    if (gradient == nullptr) continue;
+    const float4* source = part + (key - tile.begin) * chunks + column / 4;
+    float4 sum = *source;
+    for (int split = 1; split < parts.splits; ++split) {
+      source += parts.split_floats() / 4;
+      const float4 x = *source;
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    const int64_t row = (tile.first_row + key) * parts.heads + head;
+    float4* const at = reinterpret_cast<float4*>(
+        gradient + (is_dk ? row * parts.dim_qk + column : row * parts.dim_v + column - parts.dim_qk));
+    const float4 before = *at;
+    *at = make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+  }
+}
+
+inline Status launch_sum(const BandedAttentionBwdParams& p, const KeyParts& parts, const Stream& stream) {
+  if (parts.splits == 1) return {};
+  return launch("banded_attention_bwd_sum", banded_attention_bwd_sum,
+                dim3(static_cast<unsigned>(parts.num_tiles), static_cast<unsigned>(parts.heads)), 256, 0,
+                stream, p.seqs, p.keys, p.window, parts, static_cast<float*>(p.grads.dk),
+                static_cast<float*>(p.grads.dv));
+}
+
+}  // namespace nsa::cuda
