@@ -44,7 +44,7 @@ NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_NONE(append_kv, AppendKvParams)
 NSA_LAUNCH_NONE(decode_attention, DecodeAttentionParams)
 NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
-NSA_LAUNCH_PORTABLE(banded_attention_backward, BandedAttentionBwdParams)
+NSA_LAUNCH_BEST(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
 NSA_LAUNCH_NONE(gated_combine_backward, GatedCombineBwdParams)
 NSA_LAUNCH_NONE(attention_delta, DeltaParams)
@@ -60,7 +60,9 @@ Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }
-int64_t workspace_bytes(const BandedAttentionBwdParams& p) { return portable::workspace_bytes(p); }
+int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
+  return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
+}
 int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
 int64_t workspace_bytes(const AppendKvParams&) { return 0; }

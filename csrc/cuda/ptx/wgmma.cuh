@@ -49,8 +49,13 @@ __device__ __forceinline__ void claim_registers() {
       "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define NSA_ACC_32(i) NSA_ACC_8(i), NSA_ACC_8(i + 8), NSA_ACC_8(i + 16), NSA_ACC_8(i + 24)
 #define NSA_ACC_64(i) NSA_ACC_32(i), NSA_ACC_32(i + 32)
+#define NSA_ACC_16(i) NSA_ACC_8(i), NSA_ACC_8(i + 8)
+#define NSA_ACC_96(i) NSA_ACC_64(i), NSA_ACC_32(i + 64)
 #define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
 #define NSA_ACC_128(i) NSA_ACC_64(i), NSA_ACC_64(i + 64)
+#define NSA_REGISTERS_16             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, " \
+  "%8, %9, %10, %11, %12, %13, %14, %15"
 #define NSA_REGISTERS_32                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, "         \
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \
@@ -77,6 +82,19 @@ __device__ __forceinline__ void claim_registers() {
   "%64, %65, %66, %67, %68, %69, %70, %71, " \
   "%72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87"
+#define NSA_REGISTERS_96                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, " \
+  "%88, %89, %90, %91, %92, %93, %94, %95"
 #define NSA_REGISTERS_128                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, "                 \
   "%8, %9, %10, %11, %12, %13, %14, %15, "           \
@@ -123,12 +141,14 @@ constexpr bool kIsHalf<__half> = true;
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_shared(float (&acc)[kN / 2], uint64_t a_desc, uint64_t b_desc,
                                              bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 176);
+  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 176);
   if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "f16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "f16", "%32", "%33", "%34");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "f16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "f16", "%88", "%89", "%90");
   } else {
+    if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "bf16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "bf16", "%32", "%33", "%34");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "bf16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "bf16", "%88", "%89", "%90");
@@ -155,27 +175,33 @@ __device__ __forceinline__ void wgmma_shared_natural(float (&acc)[kN / 2], uint6
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint32_t (&a)[4], uint64_t b_desc,
                                                 bool accumulate) {
-  static_assert(kN == 64 || kN == 128);
+  static_assert(kN == 64 || kN == 128 || kN == 192);
   if constexpr (kIsHalf<T>) {
     if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192) NSA_WGMMA_REGISTERS(192, 96, "f16", "%96", "%97", "%98", "%99", "%100", "%101");
   } else {
     if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "bf16", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192) NSA_WGMMA_REGISTERS(192, 96, "bf16", "%96", "%97", "%98", "%99", "%100", "%101");
   }
 }
 
 #undef NSA_WGMMA_SHARED
 #undef NSA_WGMMA_NATURAL
 #undef NSA_WGMMA_REGISTERS
+#undef NSA_REGISTERS_16
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_64
 #undef NSA_REGISTERS_88
+#undef NSA_REGISTERS_96
 #undef NSA_REGISTERS_128
 #undef NSA_ACC_8
+#undef NSA_ACC_16
 #undef NSA_ACC_32
 #undef NSA_ACC_64
 #undef NSA_ACC_88
+#undef NSA_ACC_96
 #undef NSA_ACC_128
 
 }  // namespace nsa::cuda::ptx

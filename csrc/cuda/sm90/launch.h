@@ -7,6 +7,8 @@
 
 namespace nsa::cuda::sm90 {
 
+bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
+int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status);
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);

@@ -187,6 +187,9 @@ TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
   check_products<__nv_bfloat16, 128, 128>();
   check_products<__nv_bfloat16, 176, 128>();
   check_products<__nv_bfloat16, 176, 64>();
+  check_products<__nv_bfloat16, 32, 128>();
+  check_products<__nv_bfloat16, 128, 192>();
+  check_products<__half, 32, 192>();
   check_products<__half, 64, 128>();
   check_products<__half, 128, 64>();
   check_products<__half, 176, 128>();

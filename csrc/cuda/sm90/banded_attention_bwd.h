@@ -1,0 +1,131 @@
+// The two kernels of the banded backward on Hopper, and what they share.
+#pragma once
+
+#include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/device.h"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/key_parts.cuh"
+#include "cuda/tile/swizzled_tile.cuh"
+#include "cuda/tile/warp_tile.cuh"
+
+namespace nsa::cuda::sm90 {
+
+constexpr int kWarpgroupRows = 64;
+
+// Two consumer warpgroups and one that brings the tiles.
+//
+// By key tile, a consumer owns 64 keys: dK and dV take (kDimQK + kDimV) / 2 of its 232 registers, scores and
+// their gradients kQueryRows. By query tile it owns 64 query rows: dQ takes kDimQK / 2, scores and their
+// gradients kWalkedKeys. The stages fill what 227 KB leave beside the tiles that stay.
+template <int kDimQK, int kDimV>
+struct BandedBwdConfig {
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (kConsumers + 1) * 128;
+  static constexpr int kConsumerWarps = kConsumers * 4;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kQueryRows = kDimQK > 128 ? 32 : 64;
+  static constexpr int kQueryStages = kDimQK > 128 ? 6 : 4;
+  static constexpr int kWalkedKeys = kDimQK > 128 ? 64 : 128;
+  static constexpr int kKeyStages = kDimQK > 128 ? 3 : kDimQK > 64 ? 2 : 4;
+};
+
+struct BandedBwdMaps {
+  CUtensorMap q, d_o, k, v;
+};
+
+// By key tile: dK and dV. By query tile: dQ. False, and nothing is done, where a tensor does not suit TMA.
+bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
+bool banded_attention_bwd_queries(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
+
+// Tiles of query rows and of keys; rows: how many query rows there are in a box, a multiple of the group.
+template <int kDimQK, int kDimV>
+bool make_maps(BandedBwdMaps* maps, const BandedAttentionBwdParams& p, int tokens, int keys) {
+  const int heads_q = p.shape.num_heads_q, heads_kv = p.shape.num_heads_kv, group = p.shape.group();
+  return make_tensor_map(&maps->q, p.dtype, p.q, p.seqs.total_q, heads_q, kDimQK, tokens, group) &&
+         make_tensor_map(&maps->d_o, p.dtype, p.grads.d_o, p.seqs.total_q, heads_q, kDimV, tokens, group) &&
+         make_tensor_map(&maps->k, p.dtype, p.k, p.seqs.key_rows, heads_kv, kDimQK, keys, 1) &&
+         make_tensor_map(&maps->v, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, keys, 1);
+}
+
+// Which slot of a ring, and the parity of the pass over it.
+template <int kStages>
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A tile of `rows` rows, panel by panel, by one thread.
+template <int kDim>
+__device__ __forceinline__ void load_panels(uint32_t tile, int rows, const CUtensorMap& map, uint32_t barrier,
+                                            int head, int row) {
+#pragma unroll 1
+  for (int panel = 0; panel < kDim / kPanel; ++panel)
+    ptx::bulk_load_3d(tile + panel * rows * kPanelPitch, &map, barrier, panel * kPanel, head, row);
+}
+
+// Zeros in rows [begin, end) of a tile, by one warp. What is multiplied by a probability of zero must be a
+// number.
+template <int kDim>
+__device__ __forceinline__ void clear_rows(uint32_t tile, int rows, int begin, int end, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < (end - begin) * (kDim / 8); i += 32) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
+                     tile + swizzled_offset(rows, begin + i / (kDim / 8), i % (kDim / 8))),
+                 "r"(0)
+                 : "memory");
+  }
+}
+
+// acc = A . B^T over kDim, A: 64 rows of a tile of kRowsA from row first_a on, B a tile of kN rows.
+template <typename T, int kDim, int kN>
+__device__ __forceinline__ void multiply_rows(float (&acc)[kN / 2], uint32_t a, int rows_a, uint32_t b) {
+#pragma unroll
+  for (int d = 0; d < kDim; d += 16)
+    ptx::wgmma_shared<T, kN>(acc, k_major_descriptor(a, rows_a, d), k_major_descriptor(b, kN, d), d > 0);
+  ptx::wgmma_commit();
+}
+
+// acc += A . B, A in registers, B a tile of kK rows and kDim columns.
+template <typename T, int kDim, int kK>
+__device__ __forceinline__ void multiply_fragments(float (&acc)[kDim / 2], const uint32_t (&a)[kK / 16][4],
+                                                   uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kK; k += 16)
+    ptx::wgmma_registers<T, kDim>(acc, a[k / 16], mn_major_descriptor(b, kK, k), true);
+  ptx::wgmma_commit();
+}
+
+// A thread's two rows of an accumulator times factor, into rows of fp32; null: no such row.
+template <int kCount>
+__device__ __forceinline__ void write_accumulator(const float (&acc)[kCount], float factor, bool add,
+                                                  float* row0, float* row1, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float* const row = (h == 0 ? row0 : row1) + (lane & 3) * 2;
+    if ((h == 0 ? row0 : row1) == nullptr) continue;
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n) {
+      float2* const at = reinterpret_cast<float2*>(row + n * 8);
+      float2 value = make_float2(acc[4 * n + 2 * h] * factor, acc[4 * n + 2 * h + 1] * factor);
+      if (add) {
+        const float2 before = *at;
+        value.x += before.x;
+        value.y += before.y;
+      }
+      *at = value;
+    }
+  }
+}
+
+}  // namespace nsa::cuda::sm90

@@ -1,0 +1,356 @@
+// Compressed attention and the sliding window, backward, dK and dV by TMA and wgmma.
+// docs/kernels/banded_attention_backward.md tells the dataflow.
+//
+// A block owns 128 keys of one KV head, 64 per consumer warpgroup, and walks the query rows that see them,
+// all heads of the group packed as rows: row r of a step is token r / G, head r % G. S^T = K Q^T and dP^T = V
+// dO^T leave P^T and dS^T as A fragments in registers of dV += P^T dO and dK += dS^T Q. The producer warp
+// brings Q, dO and what belongs to the rows. Where key tiles are few, several blocks share the walk of one
+// and leave their parts in the workspace.
+#include "cuda/sm90/banded_attention_bwd.h"
+#include "cuda/sm90/launch.h"
+
+namespace nsa::cuda::sm90 {
+namespace {
+
+// What a query row brings beside q and dO; zeros and no position where a row is of no query.
+template <int kRows>
+struct RowStats {
+  float lse[kRows], delta[kRows], factor[kRows];  // lse in base 2; factor: d_o_scale
+  int position[kRows];
+};
+
+// The steps of a block: step i covers the tokens [first + i * tokens, + tokens) of the sequence. It stays in
+// shared memory, since the consumers have no registers for it.
+struct Walk {
+  KeyTile tile;
+  int64_t first;                           // query
+  int number, split, head, tokens, steps;  // number: of the key tile
+};
+
+template <int kDimQK, int kDimV>
+struct KeysLayout : BandedBwdConfig<kDimQK, kDimV> {
+  using Config = BandedBwdConfig<kDimQK, kDimV>;
+  static constexpr int kKeys = Config::kConsumers * kWarpgroupRows;
+  static constexpr int kRows = Config::kQueryRows, kStages = Config::kQueryStages;
+  static constexpr int kFull = 0;
+  static constexpr int kEmpty = kFull + 8 * kStages;
+  static constexpr int kFullKeys = kEmpty + 8 * kStages;
+  static constexpr int kLanded = kFullKeys + 8;  // of a step that the producer still has to work on
+  static constexpr int kWalk = kLanded + 8;
+  static constexpr int kStats = 256;
+  static constexpr int kK =
+      (kStats + kStages * static_cast<int>(sizeof(RowStats<kRows>)) + 1023) / 1024 * 1024;
+  static constexpr int kV = kK + swizzled_tile_bytes<kDimQK>(kKeys);
+  static constexpr int kQ = kV + swizzled_tile_bytes<kDimV>(kKeys);
+  static constexpr int kO = kQ + kStages * swizzled_tile_bytes<kDimQK>(kRows);
+  static constexpr int kBytes = 1024 + kO + kStages * swizzled_tile_bytes<kDimV>(kRows);
+  static_assert(kWalk % 8 == 0 && kWalk + static_cast<int>(sizeof(Walk)) <= kStats && kBytes <= 232448);
+};
+
+template <int kDimQK, int kDimV>
+__device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const BandedBwdMaps& maps,
+                                        const Walk& walk, const uint32_t base, unsigned char* shared) {
+  using Layout = KeysLayout<kDimQK, kDimV>;
+  constexpr int kRows = Layout::kRows, kStages = Layout::kStages, kRounds = kRows / 32;
+  constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kRows), kBytesO = swizzled_tile_bytes<kDimV>(kRows);
+  const int lane = threadIdx.x & 31, group = p.shape.group(), rows = walk.tokens * group;
+  const KeyTile& tile = walk.tile;
+  RowStats<kRows>* const stats = reinterpret_cast<RowStats<kRows>*>(shared + Layout::kStats);
+  if (lane == 0) {
+    const uint32_t full = base + Layout::kFullKeys;
+    const int row = static_cast<int>(tile.first_row) + tile.begin;
+    ptx::barrier_arrive_expect(full, swizzled_tile_bytes<kDimQK + kDimV>(Layout::kKeys));
+    load_panels<kDimQK>(base + Layout::kK, Layout::kKeys, maps.k, full, walk.head, row);
+    load_panels<kDimV>(base + Layout::kV, Layout::kKeys, maps.v, full, walk.head, row);
+  }
+
+  // This lane's rows of a step: read one step ahead.
+  const GroupRows group_rows(group);
+  float lse[kRounds], delta[kRounds], factor[kRounds];
+  int position[kRounds];
+  const auto read_stats = [&](int step) {
+#pragma unroll
+    for (int j = 0; j < kRounds; ++j) {
+      const int row = lane + 32 * j, token = group_rows.token(row);
+      const int64_t query = walk.first + int64_t{step} * walk.tokens + token;
+      const bool valid = row < rows && query < tile.seq.q_len;
+      const int64_t at =
+          (tile.seq.q_begin + query) * p.shape.num_heads_q + walk.head * group + row - token * group;
+      lse[j] = valid ? static_cast<const float*>(p.grads.lse)[at] * kLog2e : 0.f;
+      delta[j] = valid ? static_cast<const float*>(p.grads.delta)[at] : 0.f;
+      factor[j] = !valid                         ? 0.f
+                  : p.grads.d_o_scale == nullptr ? 1.f
+                                                 : static_cast<const float*>(p.grads.d_o_scale)[at];
+      position[j] = valid ? position_of(tile.seq, query) : kNoPosition;
+    }
+  };
+  RingPosition<kStages> ring;
+  read_stats(0);
+#pragma unroll 1
+  for (int step = 0; step < walk.steps; ++step) {
+    const int64_t query = walk.first + int64_t{step} * walk.tokens;
+    const uint32_t full = base + Layout::kFull + 8 * ring.slot;
+    const uint32_t q = base + Layout::kQ + ring.slot * kBytesQ, d_o = base + Layout::kO + ring.slot * kBytesO;
+    // Behind the sequence, which is the last step at most, lie rows of others.
+    const bool partial = query + walk.tokens > tile.seq.q_len;
+    const uint32_t landed = partial ? base + Layout::kLanded : full;
+    ptx::barrier_wait(base + Layout::kEmpty + 8 * ring.slot, ring.parity ^ 1);
+    if (lane == 0) {
+      const int row = static_cast<int>(tile.seq.q_begin + query);
+      ptx::barrier_arrive_expect(landed, rows * (kDimQK + kDimV) * 2);
+      load_panels<kDimQK>(q, kRows, maps.q, landed, walk.head * group, row);
+      load_panels<kDimV>(d_o, kRows, maps.d_o, landed, walk.head * group, row);
+    }
+    RowStats<kRows>& s = stats[ring.slot];
+#pragma unroll
+    for (int j = 0; j < kRounds; ++j) {
+      const int row = lane + 32 * j;
+      s.lse[row] = lse[j];
+      s.delta[row] = delta[j];
+      s.factor[row] = factor[j];
+      s.position[row] = position[j];
+    }
+    if (partial) {
+      const int begin = static_cast<int>(tile.seq.q_len - query) * group;
+      ptx::barrier_wait(landed, 0);
+      clear_rows<kDimQK>(q, kRows, begin, rows, lane);
+      clear_rows<kDimV>(d_o, kRows, begin, rows, lane);
+      ptx::async_proxy_fence();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      ptx::barrier_arrive(full);
+      if (partial) ptx::barrier_arrive(full);
+    }
+    if (step + 1 < walk.steps) read_stats(step + 1);
+    ring.advance();
+  }
+}
+
+// P^T and dS^T of one step, from S^T and dP^T: rows are keys, columns query rows.
+template <typename T, bool kMasked, int kRows>
+struct StepGradients {
+  const RowStats<kRows>& stats;
+  const Visibility& visible;
+  const int (&ends)[2];
+  float scale;
+  int lane;
+
+  // s becomes P.
+  __device__ __forceinline__ void probabilities(float (&s)[kRows / 2]) const {
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const int row = n * 8 + (lane & 3) * 2;
+      const float2 lse = *reinterpret_cast<const float2*>(&stats.lse[row]);
+      int2 position;
+      if constexpr (kMasked) position = *reinterpret_cast<const int2*>(&stats.position[row]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float &x = s[4 * n + 2 * h], &y = s[4 * n + 2 * h + 1];
+        x = ptx::exp2_approx(fmaf(x, scale, -lse.x));
+        y = ptx::exp2_approx(fmaf(y, scale, -lse.y));
+        if constexpr (kMasked) {
+          x = visible(position.x, ends[h]) ? x : 0.f;
+          y = visible(position.y, ends[h]) ? y : 0.f;
+        }
+      }
+    }
+  }
+  // What multiplies dO: P times the factor of the row.
+  __device__ __forceinline__ void scaled(uint32_t (&a)[kRows / 16][4], const float (&p)[kRows / 2]) const {
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const float2 factor = *reinterpret_cast<const float2*>(&stats.factor[n * 8 + (lane & 3) * 2]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        a[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(p[4 * n + 2 * h] * factor.x, p[4 * n + 2 * h + 1] * factor.y);
+    }
+  }
+  __device__ __forceinline__ void gradients(uint32_t (&a)[kRows / 16][4], const float (&p)[kRows / 2],
+                                            const float (&dp)[kRows / 2]) const {
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const int row = n * 8 + (lane & 3) * 2;
+      const float2 factor = *reinterpret_cast<const float2*>(&stats.factor[row]);
+      const float2 delta = *reinterpret_cast<const float2*>(&stats.delta[row]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x = p[4 * n + 2 * h] * fmaf(dp[4 * n + 2 * h], factor.x, -delta.x);
+        float y = p[4 * n + 2 * h + 1] * fmaf(dp[4 * n + 2 * h + 1], factor.y, -delta.y);
+        if constexpr (kMasked) {  // whatever dP is there
+          x = p[4 * n + 2 * h] == 0.f ? 0.f : x;
+          y = p[4 * n + 2 * h + 1] == 0.f ? 0.f : y;
+        }
+        a[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(x, y);
+      }
+    }
+  }
+};
+
+template <typename T, int kDimQK, int kDimV>
+__device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const volatile Walk& walk,
+                                        const KeyParts& parts, const uint32_t base,
+                                        const unsigned char* shared, const int consumer) {
+  using Layout = KeysLayout<kDimQK, kDimV>;
+  constexpr int kRows = Layout::kRows, kStages = Layout::kStages;
+  const int lane = threadIdx.x & 31, row0 = (threadIdx.x & 127) / 32 * 16 + lane / 4;
+  const Visibility visible(p.keys, p.window);
+  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
+  const int begin = walk.tile.begin + consumer * kWarpgroupRows;
+  const int lo = max(walk.tile.seen.lo, begin), hi = min(walk.tile.seen.hi, begin + kWarpgroupRows);
+  const int first_end = visible.end_of(lo), last_end = visible.end_of(hi - 1);
+  int ends[2];  // of this thread's keys
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int key = begin + row0 + 8 * h;
+    ends[h] = key >= lo && key < hi ? visible.end_of(key) : kNoKey;
+  }
+  const RowStats<kRows>* const stats = reinterpret_cast<const RowStats<kRows>*>(shared + Layout::kStats);
+  // Within panels of 128 rows, this warpgroup's half.
+  const uint32_t k = base + Layout::kK + consumer * kWarpgroupRows * kPanelPitch,
+                 v = base + Layout::kV + consumer * kWarpgroupRows * kPanelPitch;
+
+  float dk[kDimQK / 2] = {}, dv[kDimV / 2] = {};
+  RingPosition<kStages> ring;
+  const auto run_step = [&]<bool kMasked>() {
+    const uint32_t q = base + Layout::kQ + ring.slot * swizzled_tile_bytes<kDimQK>(kRows),
+                   d_o = base + Layout::kO + ring.slot * swizzled_tile_bytes<kDimV>(kRows);
+    const StepGradients<T, kMasked, kRows> step{stats[ring.slot], visible, ends, scale, lane};
+    float s[kRows / 2], dp[kRows / 2];
+    uint32_t prob[kRows / 16][4], ds[kRows / 16][4];
+    ptx::wgmma_fence();
+    multiply_rows<T, kDimQK, kRows>(s, k, Layout::kKeys, q);
+    multiply_rows<T, kDimV, kRows>(dp, v, Layout::kKeys, d_o);
+    ptx::wgmma_wait<1>();
+    ptx::pin_registers(s);
+    step.probabilities(s);
+    step.scaled(prob, s);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(dp);
+    ptx::wgmma_fence();
+    multiply_fragments<T, kDimV, kRows>(dv, prob, d_o);
+    step.gradients(ds, s, dp);
+    ptx::wgmma_fence();
+    multiply_fragments<T, kDimQK, kRows>(dk, ds, q);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(dv);
+    ptx::pin_registers(dk);
+  };
+
+  ptx::barrier_wait(base + Layout::kFullKeys, 0);
+  const int steps = walk.steps, tokens = walk.tokens;
+  const int end_position = static_cast<int>(walk.tile.seq.k_len);
+  int oldest = static_cast<int>(walk.tile.seq.k_len - walk.tile.seq.q_len + walk.first);  // of the step
+  // Without keys there is nothing at any position.
+  const int needed_from = lo < hi ? first_end : kNoKey;
+  const bool whole_keys = hi - lo == kWarpgroupRows;
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i, oldest += tokens) {
+    ptx::barrier_wait(base + Layout::kFull + 8 * ring.slot, ring.parity);
+    const int newest = oldest + tokens - 1;
+    const bool nothing = newest < needed_from ||
+                         (oldest > last_end && static_cast<unsigned>(oldest - last_end) >= visible.span);
+    const bool whole =
+        whole_keys && visible(oldest, last_end) && visible(newest, first_end) && newest < end_position;
+    if (whole) {
+      run_step.template operator()<false>();
+    } else if (!nothing) {
+      run_step.template operator()<true>();
+    }
+    ptx::barrier_arrive_if(base + Layout::kEmpty + 8 * ring.slot, lane == 0);
+    ring.advance();
+  }
+
+  const bool add = parts.splits == 1;
+  const auto row_of = [&](void* gradient, int dim, int offset, int h) -> float* {
+    const int row = consumer * kWarpgroupRows + row0 + 8 * h, key = walk.tile.begin + row;
+    if (gradient == nullptr || ends[h] == kNoKey) return nullptr;
+    return add ? static_cast<float*>(gradient) + ((walk.tile.first_row + key) * parts.heads + walk.head) * dim
+               : parts.tile(walk.split, walk.number, walk.head) + row * (kDimQK + kDimV) + offset;
+  };
+  write_accumulator(dk, static_cast<float>(p.softmax_scale), add, row_of(p.grads.dk, kDimQK, 0, 0),
+                    row_of(p.grads.dk, kDimQK, 0, 1), lane);
+  write_accumulator(dv, 1.f, add, row_of(p.grads.dv, kDimV, kDimQK, 0), row_of(p.grads.dv, kDimV, kDimQK, 1),
+                    lane);
+}
+
+template <typename T, int kDimQK, int kDimV>
+__global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
+    banded_attention_bwd_keys_sm90(const __grid_constant__ BandedAttentionBwdParams p,
+                                   const __grid_constant__ BandedBwdMaps maps, const KeyParts parts) {
+  using Layout = KeysLayout<kDimQK, kDimV>;
+  extern __shared__ unsigned char unaligned[];
+  const uint32_t unaligned_address = ptx::shared_address(unaligned);
+  const uint32_t base = (unaligned_address + 1023) / 1024 * 1024;
+  unsigned char* const shared = unaligned + (base - unaligned_address);
+  Walk& walk = *reinterpret_cast<Walk*>(shared + Layout::kWalk);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Layout::kStages; ++i) {
+      ptx::barrier_init(base + Layout::kFull + 8 * i, 2);
+      ptx::barrier_init(base + Layout::kEmpty + 8 * i, Layout::kConsumerWarps);
+    }
+    ptx::barrier_init(base + Layout::kFullKeys, 1);
+    ptx::barrier_init(base + Layout::kLanded, 1);
+    ptx::barrier_init_fence();
+    walk.number = static_cast<int>(blockIdx.x) / parts.splits;
+    walk.split = static_cast<int>(blockIdx.x) % parts.splits;
+    walk.tile = find_key_tile(p.seqs, p.keys, p.window, walk.number, Layout::kKeys);
+    walk.head = blockIdx.y;
+    walk.tokens = Layout::kRows / p.shape.group();
+    const int64_t steps = ceil_div(walk.tile.query_hi - walk.tile.query_lo, walk.tokens);
+    const int64_t first = steps * walk.split / parts.splits;
+    walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
+    walk.first = walk.tile.query_lo + first * walk.tokens;
+  }
+  // Rows behind the last token of a step are multiplied too.
+  const int rows = Layout::kRows / p.shape.group() * p.shape.group();
+  if (rows < Layout::kRows) {
+    for (int stage = threadIdx.x / 32; stage < Layout::kStages; stage += Layout::kThreads / 32) {
+      clear_rows<kDimQK>(base + Layout::kQ + stage * swizzled_tile_bytes<kDimQK>(Layout::kRows),
+                         Layout::kRows, rows, Layout::kRows, threadIdx.x & 31);
+      clear_rows<kDimV>(base + Layout::kO + stage * swizzled_tile_bytes<kDimV>(Layout::kRows), Layout::kRows,
+                        rows, Layout::kRows, threadIdx.x & 31);
+    }
+    ptx::async_proxy_fence();
+  }
+  __syncthreads();
+  if (walk.tile.seen.lo == walk.tile.seen.hi) return;
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == Layout::kConsumers) {
+    ptx::release_registers<Layout::kProducerRegisters>();
+    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, walk, base, shared);
+  } else {
+    ptx::claim_registers<Layout::kConsumerRegisters>();
+    consume<T, kDimQK, kDimV>(p, walk, parts, base, shared, warpgroup);
+  }
+}
+
+// Walks of compressed keys are the longer the earlier the key is, so many short ones balance; those of a
+// window are alike, and are split only where they would not fill a device.
+KeyParts describe_parts(const BandedAttentionBwdParams& p) {
+  return describe_key_parts(p, 2 * kWarpgroupRows, p.window > 0 ? 128 : 1024, 16 * kWarpgroupRows);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const BandedAttentionBwdParams& p) { return describe_parts(p).bytes(); }
+
+bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
+  const auto run = [&]<typename T, int kDimQK, int kDimV>() {
+    using Layout = KeysLayout<kDimQK, kDimV>;
+    BandedBwdMaps maps;
+    const int group = p.shape.group();
+    if (group > Layout::kRows) return false;
+    if (!make_maps<kDimQK, kDimV>(&maps, p, Layout::kRows / group, Layout::kKeys)) return false;
+    const KeyParts parts = describe_parts(p);
+    *status = launch(
+        "banded_attention_bwd_keys_sm90", banded_attention_bwd_keys_sm90<T, kDimQK, kDimV>,
+        dim3(static_cast<unsigned>(parts.num_tiles * parts.splits), static_cast<unsigned>(parts.heads)),
+        Layout::kThreads, Layout::kBytes, stream, p, maps, parts);
+    if (status->ok()) *status = launch_sum(p, parts, stream);
+    return true;
+  };
+  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, run);
+}
+
+}  // namespace nsa::cuda::sm90

@@ -1,0 +1,337 @@
+// Compressed attention and the sliding window, backward, dQ by TMA and wgmma.
+// docs/kernels/banded_attention_backward.md tells the dataflow.
+//
+// Persistent blocks walk the work items, a tile of adjacent tokens of one KV head each, longest first. Two
+// consumer warpgroups own 64 query rows each, the heads of the group packed as rows: row r is token r / G,
+// head r % G. Scores S = Q K^T and dP = dO V^T are multiplied again; dS is the A fragment in registers of
+// dQ += dS K. The producer warp brings Q and dO of an item and the key tiles.
+#include "cuda/sm90/banded_attention_bwd.h"
+#include "cuda/sm90/launch.h"
+
+namespace nsa::cuda::sm90 {
+namespace {
+
+// A work item, as the producer tells the consumers: the tokens of both warpgroups, and the keys [lo, hi) that
+// some of them see. It stays in shared memory, since the consumers have no registers for it.
+struct Item {
+  int64_t row;  // of q: the first token
+  int tokens;   // none: there is no further item
+  int position, head;
+  int lo, hi, num_tiles;
+};
+
+template <int kDimQK, int kDimV>
+struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
+  using Config = BandedBwdConfig<kDimQK, kDimV>;
+  static constexpr int kKeys = Config::kWalkedKeys, kStages = Config::kKeyStages;
+  static constexpr int kFullK = 0;
+  static constexpr int kEmptyK = kFullK + 8 * kStages;
+  static constexpr int kFullV = kEmptyK + 8 * kStages;
+  static constexpr int kEmptyV = kFullV + 8 * kStages;
+  static constexpr int kFullQ = kEmptyV + 8 * kStages;
+  static constexpr int kEmptyQ = kFullQ + 8 * Config::kConsumers;
+  static constexpr int kLanded = kEmptyQ + 8 * Config::kConsumers;  // of a tile the producer still works on
+  static constexpr int kItems = kLanded + 8;
+  static constexpr int kItemSlots =
+      2;  // an item is told when Q of the last one is used up: the one before is over
+  static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);
+  static constexpr int kBytesO = swizzled_tile_bytes<kDimV>(kWarpgroupRows);
+  static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
+  static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
+  static constexpr int kQ = 1024;
+  static constexpr int kO = kQ + Config::kConsumers * kBytesQ;
+  static constexpr int kK = kO + Config::kConsumers * kBytesO;
+  static constexpr int kV = kK + kStages * kBytesK;
+  static constexpr int kBytes = 1024 + kV + kStages * kBytesV;
+  static_assert(kItems % 8 == 0 && kItems + kItemSlots * static_cast<int>(sizeof(Item)) <= kQ &&
+                kBytes <= 232448);
+};
+
+// The items of one block.
+struct Schedule {
+  int num_tiles, heads, tokens, keys;
+  int round = 0;
+
+  // False: there is no further item. Those of no token or no key are skipped. first_key_row, seen_hi: of the
+  // sequence, behind the last key that any of its queries sees.
+  __device__ __forceinline__ bool next(const BandedAttentionBwdParams& p, Item* item, int* first_key_row,
+                                       int* seen_hi) {
+    const int total = num_tiles * heads, blocks = gridDim.x, block = blockIdx.x;
+    while (round * blocks < total) {
+      // Back and forth over the blocks, so that none gets the longest of every round.
+      const int k = round * blocks + (round & 1 ? blocks - 1 - block : block);
+      ++round;
+      if (k >= total) continue;
+      const SequenceTile tile = find_sequence_tile(p.seqs, num_tiles - 1 - k / heads, tokens);
+      if (tile.count == 0) continue;
+      const int64_t position = tile.seq.position(tile.begin), num_keys = count_keys(p.seqs, tile.seq, p.keys);
+      item->row = tile.seq.q_begin + tile.begin;
+      item->tokens = tile.count;
+      item->position = static_cast<int>(max64(position, kNoPosition));
+      item->head = k % heads;
+      item->lo = static_cast<int>(min64(p.keys.begin_visible(position, p.window), num_keys));
+      item->hi = static_cast<int>(min64(p.keys.end_visible(position + tile.count - 1), num_keys));
+      if (item->lo >= item->hi) continue;
+      item->num_tiles = (item->hi - item->lo + keys - 1) / keys;
+      *first_key_row = static_cast<int>(p.keys.first_row(tile.seq.k_begin));
+      *seen_hi = static_cast<int>(num_keys);
+      return true;
+    }
+    return false;
+  }
+};
+
+template <int kDimQK, int kDimV>
+__device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const BandedBwdMaps& maps,
+                                        Schedule schedule, const uint32_t base, unsigned char* shared) {
+  using Layout = QueriesLayout<kDimQK, kDimV>;
+  constexpr int kKeys = Layout::kKeys;
+  const int lane = threadIdx.x & 31, group = p.shape.group(), part = kWarpgroupRows / group;
+  Item* const items = reinterpret_cast<Item*>(shared + Layout::kItems);
+  RingPosition<Layout::kStages> ring;
+  uint32_t landed_parity = 0;
+  int count = 0, first_key_row = 0, seen_hi = 0;  // items so far
+  Item item;
+  const auto tell_item = [&] {  // when the Q of the last one is used up
+#pragma unroll 1
+    for (int w = 0; w < Layout::kConsumers; ++w)
+      ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
+    if (lane == 0) items[count % Layout::kItemSlots] = item;
+    ++count;
+  };
+#pragma unroll 1
+  while (schedule.next(p, &item, &first_key_row, &seen_hi)) {
+#pragma unroll 1
+    for (int i = 0; i < item.num_tiles; ++i) {
+      const int begin = item.lo + i * kKeys;
+      const uint32_t k = base + Layout::kK + ring.slot * Layout::kBytesK,
+                     v = base + Layout::kV + ring.slot * Layout::kBytesV;
+      const uint32_t full_k = base + Layout::kFullK + 8 * ring.slot,
+                     full_v = base + Layout::kFullV + 8 * ring.slot;
+      // Keys that nobody sees are multiplied by dS = 0, so they must be numbers.
+      const bool partial = begin + kKeys > seen_hi;
+      const uint32_t landed = partial ? base + Layout::kLanded : full_k;
+      ptx::barrier_wait(base + Layout::kEmptyK + 8 * ring.slot, ring.parity ^ 1);
+      if (lane == 0) {
+        ptx::barrier_arrive_expect(landed, Layout::kBytesK);
+        load_panels<kDimQK>(k, kKeys, maps.k, landed, item.head, first_key_row + begin);
+      }
+      if (i == 0) {
+        tell_item();
+        if (lane == 0) {
+#pragma unroll 1
+          for (int w = 0; w < Layout::kConsumers; ++w) {
+            const uint32_t full_q = base + Layout::kFullQ + 8 * w;
+            const int row = static_cast<int>(item.row) + w * part;
+            ptx::barrier_arrive_expect(full_q, part * group * (kDimQK + kDimV) * 2);
+            load_panels<kDimQK>(base + Layout::kQ + w * Layout::kBytesQ, kWarpgroupRows, maps.q, full_q,
+                                item.head * group, row);
+            load_panels<kDimV>(base + Layout::kO + w * Layout::kBytesO, kWarpgroupRows, maps.d_o, full_q,
+                               item.head * group, row);
+          }
+        }
+      }
+      ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
+      if (lane == 0) {
+        ptx::barrier_arrive_expect(full_v, Layout::kBytesV);
+        load_panels<kDimV>(v, kKeys, maps.v, full_v, item.head, first_key_row + begin);
+      }
+      if (partial) {
+        ptx::barrier_wait(landed, landed_parity);
+        landed_parity ^= 1;
+        clear_rows<kDimQK>(k, kKeys, max(seen_hi - begin, 0), kKeys, lane);
+        ptx::async_proxy_fence();
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(full_k);
+      }
+      ring.advance();
+    }
+  }
+  item.tokens = 0;
+  tell_item();
+  if (lane == 0) {
+#pragma unroll 1
+    for (int w = 0; w < Layout::kConsumers; ++w) ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
+  }
+}
+
+// What a thread's two rows bring beside q and dO.
+struct RowPair {
+  float lse[2], delta[2], factor[2];  // lse in base 2; factor: d_o_scale
+  int position[2];
+};
+
+// The number of a row in [T, Hq], or -1 for one of no query. first_token: of this warpgroup, within the item.
+__device__ __forceinline__ int64_t row_number(const BandedAttentionBwdParams& p, const volatile Item& item,
+                                              int first_token, int row) {
+  const int group = p.shape.group(), token = GroupRows(group).token(row);
+  if (token >= kWarpgroupRows / group || first_token + token >= item.tokens) return -1;
+  return (item.row + first_token + token) * p.shape.num_heads_q + item.head * group + row - token * group;
+}
+
+__device__ __forceinline__ RowPair read_rows(const BandedAttentionBwdParams& p, const volatile Item& item,
+                                             int first_token, int row0) {
+  RowPair pair;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t at = row_number(p, item, first_token, row0 + 8 * h);
+    const bool valid = at >= 0;
+    pair.lse[h] = valid ? static_cast<const float*>(p.grads.lse)[at] * kLog2e : 0.f;
+    pair.delta[h] = valid ? static_cast<const float*>(p.grads.delta)[at] : 0.f;
+    pair.factor[h] =
+        valid && p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
+    pair.position[h] =
+        valid ? item.position + first_token + GroupRows(p.shape.group()).token(row0 + 8 * h) : kNoPosition;
+  }
+  return pair;
+}
+
+template <typename T, int kDimQK, int kDimV>
+__device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const uint32_t base,
+                                        const unsigned char* shared, const int consumer) {
+  using Layout = QueriesLayout<kDimQK, kDimV>;
+  constexpr int kKeys = Layout::kKeys;
+  const int lane = threadIdx.x & 31, row0 = (threadIdx.x & 127) / 32 * 16 + lane / 4;
+  const int part = kWarpgroupRows / p.shape.group();
+  const Visibility visible(p.keys, p.window);
+  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
+  const uint32_t q = base + Layout::kQ + consumer * Layout::kBytesQ,
+                 d_o = base + Layout::kO + consumer * Layout::kBytesO;
+  const volatile Item* const items = reinterpret_cast<const volatile Item*>(shared + Layout::kItems);
+  RingPosition<Layout::kStages> ring;
+#pragma unroll 1
+  for (int count = 0;; ++count) {
+    ptx::barrier_wait(base + Layout::kFullQ + 8 * consumer, count & 1);
+    const volatile Item& item = items[count % Layout::kItemSlots];
+    if (item.tokens == 0) break;
+    const RowPair rows = read_rows(p, item, consumer * part, row0);
+    const int num_tiles = item.num_tiles, hi = item.hi;
+    const int oldest = item.position + consumer * part, newest = oldest + part - 1;
+    const bool whole_rows = (consumer + 1) * part <= item.tokens;
+    int begin = item.lo;
+    float dq[kDimQK / 2];
+#pragma unroll
+    for (float& x : dq) x = 0.f;
+
+    const auto run_tile = [&]<bool kMasked>(bool last) {
+      const uint32_t k = base + Layout::kK + ring.slot * Layout::kBytesK,
+                     v = base + Layout::kV + ring.slot * Layout::kBytesV;
+      float s[kKeys / 2], dp[kKeys / 2];
+      uint32_t ds[kKeys / 16][4];
+      ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
+      ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
+      ptx::wgmma_fence();
+      multiply_rows<T, kDimQK, kKeys>(s, q, kWarpgroupRows, k);
+      multiply_rows<T, kDimV, kKeys>(dp, d_o, kWarpgroupRows, v);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(s);
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[i] = ptx::exp2_approx(fmaf(s[i], scale, -rows.lse[i / 2 % 2]));
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(dp);
+      ptx::barrier_arrive_if(base + Layout::kEmptyV + 8 * ring.slot, lane == 0);
+      ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0 && last);
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 2) {
+        const int h = i / 2 % 2;
+        float x = s[i] * fmaf(dp[i], rows.factor[h], -rows.delta[h]);
+        float y = s[i + 1] * fmaf(dp[i + 1], rows.factor[h], -rows.delta[h]);
+        if constexpr (kMasked) {  // whatever P and dP are there
+          const int key = begin + i / 4 * 8 + (lane & 3) * 2;
+          x = key < hi && visible(rows.position[h], visible.end_of(key)) ? x : 0.f;
+          y = key + 1 < hi && visible(rows.position[h], visible.end_of(key + 1)) ? y : 0.f;
+        }
+        ds[i / 8][i / 2 % 4] = ptx::pack2<T>(x, y);
+      }
+      ptx::wgmma_fence();
+      multiply_fragments<T, kDimQK, kKeys>(dq, ds, k);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(dq);
+      ptx::barrier_arrive_if(base + Layout::kEmptyK + 8 * ring.slot, lane == 0);
+      ring.advance();
+    };
+
+#pragma unroll 1
+    for (int i = 0; i < num_tiles; ++i, begin += kKeys) {
+      const bool whole = whole_rows && begin + kKeys <= hi &&
+                         visible(oldest, visible.end_of(begin + kKeys - 1)) &&
+                         visible(newest, visible.end_of(begin));
+      if (whole) {
+        run_tile.template operator()<false>(i + 1 == num_tiles);
+      } else {
+        run_tile.template operator()<true>(i + 1 == num_tiles);
+      }
+    }
+    const auto row_of = [&](int h) {
+      const int64_t at = row_number(p, item, consumer * part, row0 + 8 * h);
+      return at < 0 ? nullptr : static_cast<float*>(p.grads.dq) + at * kDimQK;
+    };
+    write_accumulator(dq, static_cast<float>(p.softmax_scale), true, row_of(0), row_of(1), lane);
+  }
+}
+
+template <typename T, int kDimQK, int kDimV>
+__global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
+    banded_attention_bwd_queries_sm90(const __grid_constant__ BandedAttentionBwdParams p,
+                                      const __grid_constant__ BandedBwdMaps maps, const int num_tiles) {
+  using Layout = QueriesLayout<kDimQK, kDimV>;
+  extern __shared__ unsigned char unaligned[];
+  const uint32_t unaligned_address = ptx::shared_address(unaligned);
+  const uint32_t base = (unaligned_address + 1023) / 1024 * 1024;
+  unsigned char* const shared = unaligned + (base - unaligned_address);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Layout::kStages; ++i) {
+      ptx::barrier_init(base + Layout::kFullK + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kFullV + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyK + 8 * i, Layout::kConsumerWarps);
+      ptx::barrier_init(base + Layout::kEmptyV + 8 * i, Layout::kConsumerWarps);
+    }
+    for (int i = 0; i < Layout::kConsumers; ++i) {
+      ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyQ + 8 * i, 4);
+    }
+    ptx::barrier_init(base + Layout::kLanded, 1);
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  const Schedule schedule{num_tiles, p.shape.num_heads_kv,
+                          kWarpgroupRows / p.shape.group() * Layout::kConsumers, Layout::kKeys};
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == Layout::kConsumers) {
+    ptx::release_registers<Layout::kProducerRegisters>();
+    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, schedule, base, shared);
+  } else {
+    ptx::claim_registers<Layout::kConsumerRegisters>();
+    consume<T, kDimQK, kDimV>(p, base, shared, warpgroup);
+  }
+}
+
+}  // namespace
+
+bool banded_attention_bwd_queries(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
+  const auto run = [&]<typename T, int kDimQK, int kDimV>() {
+    using Layout = QueriesLayout<kDimQK, kDimV>;
+    BandedBwdMaps maps;
+    const int group = p.shape.group(), part = kWarpgroupRows / group;
+    if (!make_maps<kDimQK, kDimV>(&maps, p, part, Layout::kKeys)) return false;
+    const int64_t num_tiles = num_sequence_tiles(p.seqs, part * Layout::kConsumers);
+    const int64_t blocks =
+        min64(num_tiles * p.shape.num_heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
+    *status = launch("banded_attention_bwd_queries_sm90", banded_attention_bwd_queries_sm90<T, kDimQK, kDimV>,
+                     dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, maps,
+                     static_cast<int>(num_tiles));
+    return true;
+  };
+  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, run);
+}
+
+bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
+  // What fits one of the kernels fits the other, but for groups too large for the rows of the first.
+  if (p.shape.group() > (p.shape.head_dim_qk > 128 ? 32 : 64)) return false;
+  const bool want_keys = p.grads.dk != nullptr || p.grads.dv != nullptr;
+  if (want_keys && !banded_attention_bwd_keys(p, stream, status)) return false;
+  if (p.grads.dq == nullptr || (want_keys && !status->ok())) return true;
+  return banded_attention_bwd_queries(p, stream, status);
+}
+
+}  // namespace nsa::cuda::sm90
