@@ -4,6 +4,7 @@
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
@@ -15,15 +16,13 @@
 namespace nsa::cuda::sm90 {
 
 constexpr int kWarpgroupRows = 64;
+constexpr int kConsumers = 2;  // warpgroups that multiply; a third one brings the tiles
 
-// Two consumer warpgroups and one that brings the tiles.
-//
 // By key tile, a consumer owns 64 keys: dK and dV take (kDimQK + kDimV) / 2 of its 232 registers, scores and
 // their gradients kQueryRows. By query tile it owns 64 query rows: dQ takes kDimQK / 2, scores and their
 // gradients kWalkedKeys. The stages fill what 227 KB leave beside the tiles that stay.
 template <int kDimQK, int kDimV>
 struct BandedBwdConfig {
-  static constexpr int kConsumers = 2;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
   static constexpr int kProducerRegisters = 40;
@@ -116,14 +115,12 @@ __device__ __forceinline__ void write_accumulator(const float (&acc)[kCount], fl
     if ((h == 0 ? row0 : row1) == nullptr) continue;
 #pragma unroll
     for (int n = 0; n < kCount / 4; ++n) {
-      float2* const at = reinterpret_cast<float2*>(row + n * 8);
-      float2 value = make_float2(acc[4 * n + 2 * h] * factor, acc[4 * n + 2 * h + 1] * factor);
+      const float x = acc[4 * n + 2 * h] * factor, y = acc[4 * n + 2 * h + 1] * factor;
       if (add) {
-        const float2 before = *at;
-        value.x += before.x;
-        value.y += before.y;
+        ptx::add_to_global(row + n * 8, x, y);
+      } else {
+        *reinterpret_cast<float2*>(row + n * 8) = make_float2(x, y);
       }
-      *at = value;
     }
   }
 }

@@ -25,12 +25,47 @@ struct Walk {
   KeyTile tile;
   int64_t first;                           // query
   int number, split, head, tokens, steps;  // number: of the key tile
+  // The steps that see something of a warpgroup's keys, and those whose rows all see all of them. They are
+  // intervals, since positions grow with the steps.
+  struct Part {
+    int seen_from, seen_to, whole_from, whole_to;
+  } part[kConsumers];
 };
+
+__device__ inline Walk describe_walk(const BandedAttentionBwdParams& p, const KeyParts& parts, int rows) {
+  Walk walk;
+  walk.number = static_cast<int>(blockIdx.x) / parts.splits;
+  walk.split = static_cast<int>(blockIdx.x) % parts.splits;
+  walk.tile = find_key_tile(p.seqs, p.keys, p.window, walk.number, parts.tile_keys);
+  walk.head = blockIdx.y;
+  walk.tokens = rows / p.shape.group();
+  const int64_t steps = ceil_div(walk.tile.query_hi - walk.tile.query_lo, walk.tokens);
+  const int64_t first = steps * walk.split / parts.splits;
+  walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
+  walk.first = walk.tile.query_lo + first * walk.tokens;
+
+  const Sequence& seq = walk.tile.seq;
+  const Visibility visible(p.keys, p.window);
+  const int64_t oldest = seq.position(walk.first);
+  const auto first_step_from = [&](int64_t position) {  // whose first token stands there or later
+    return static_cast<int>(max64(0, min64(walk.steps, ceil_div(max64(0, position - oldest), walk.tokens))));
+  };
+  for (int w = 0; w < kConsumers; ++w) {
+    const int begin = walk.tile.begin + w * kWarpgroupRows;
+    const int lo = max(walk.tile.seen.lo, begin), hi = min(walk.tile.seen.hi, begin + kWarpgroupRows);
+    const int64_t first_end = visible.end_of(lo), last_end = visible.end_of(hi - 1);
+    const int64_t whole_end = min64(first_end + visible.span, seq.k_len) - walk.tokens + 1;
+    walk.part[w] = {first_step_from(first_end - walk.tokens + 1),
+                    lo < hi ? first_step_from(last_end + visible.span) : 0, first_step_from(last_end),
+                    hi - lo == kWarpgroupRows ? first_step_from(whole_end) : 0};
+  }
+  return walk;
+}
 
 template <int kDimQK, int kDimV>
 struct KeysLayout : BandedBwdConfig<kDimQK, kDimV> {
   using Config = BandedBwdConfig<kDimQK, kDimV>;
-  static constexpr int kKeys = Config::kConsumers * kWarpgroupRows;
+  static constexpr int kKeys = kConsumers * kWarpgroupRows;
   static constexpr int kRows = Config::kQueryRows, kStages = Config::kQueryStages;
   static constexpr int kFull = 0;
   static constexpr int kEmpty = kFull + 8 * kStages;
@@ -156,18 +191,9 @@ struct StepGradients {
       }
     }
   }
-  // What multiplies dO: P times the factor of the row.
-  __device__ __forceinline__ void scaled(uint32_t (&a)[kRows / 16][4], const float (&p)[kRows / 2]) const {
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      const float2 factor = *reinterpret_cast<const float2*>(&stats.factor[n * 8 + (lane & 3) * 2]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        a[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(p[4 * n + 2 * h] * factor.x, p[4 * n + 2 * h + 1] * factor.y);
-    }
-  }
-  __device__ __forceinline__ void gradients(uint32_t (&a)[kRows / 16][4], const float (&p)[kRows / 2],
-                                            const float (&dp)[kRows / 2]) const {
+  // prob: P times the factor of the row, what multiplies dO. ds: P (factor * dP - delta).
+  __device__ __forceinline__ void gradients(uint32_t (&prob)[kRows / 16][4], uint32_t (&ds)[kRows / 16][4],
+                                            const float (&p)[kRows / 2], const float (&dp)[kRows / 2]) const {
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
       const int row = n * 8 + (lane & 3) * 2;
@@ -175,13 +201,15 @@ struct StepGradients {
       const float2 delta = *reinterpret_cast<const float2*>(&stats.delta[row]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float x = p[4 * n + 2 * h] * fmaf(dp[4 * n + 2 * h], factor.x, -delta.x);
-        float y = p[4 * n + 2 * h + 1] * fmaf(dp[4 * n + 2 * h + 1], factor.y, -delta.y);
+        const float p0 = p[4 * n + 2 * h], p1 = p[4 * n + 2 * h + 1];
+        float ds0 = p0 * fmaf(dp[4 * n + 2 * h], factor.x, -delta.x);
+        float ds1 = p1 * fmaf(dp[4 * n + 2 * h + 1], factor.y, -delta.y);
         if constexpr (kMasked) {  // whatever dP is there
-          x = p[4 * n + 2 * h] == 0.f ? 0.f : x;
-          y = p[4 * n + 2 * h + 1] == 0.f ? 0.f : y;
+          ds0 = p0 == 0.f ? 0.f : ds0;
+          ds1 = p1 == 0.f ? 0.f : ds1;
         }
-        a[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(x, y);
+        prob[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(p0 * factor.x, p1 * factor.y);
+        ds[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(ds0, ds1);
       }
     }
   }
@@ -198,7 +226,6 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
   const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const int begin = walk.tile.begin + consumer * kWarpgroupRows;
   const int lo = max(walk.tile.seen.lo, begin), hi = min(walk.tile.seen.hi, begin + kWarpgroupRows);
-  const int first_end = visible.end_of(lo), last_end = visible.end_of(hi - 1);
   int ends[2];  // of this thread's keys
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -224,13 +251,11 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
     ptx::wgmma_wait<1>();
     ptx::pin_registers(s);
     step.probabilities(s);
-    step.scaled(prob, s);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(dp);
+    step.gradients(prob, ds, s, dp);
     ptx::wgmma_fence();
     multiply_fragments<T, kDimV, kRows>(dv, prob, d_o);
-    step.gradients(ds, s, dp);
-    ptx::wgmma_fence();
     multiply_fragments<T, kDimQK, kRows>(dk, ds, q);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(dv);
@@ -238,23 +263,14 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
   };
 
   ptx::barrier_wait(base + Layout::kFullKeys, 0);
-  const int steps = walk.steps, tokens = walk.tokens;
-  const int end_position = static_cast<int>(walk.tile.seq.k_len);
-  int oldest = static_cast<int>(walk.tile.seq.k_len - walk.tile.seq.q_len + walk.first);  // of the step
-  // Without keys there is nothing at any position.
-  const int needed_from = lo < hi ? first_end : kNoKey;
-  const bool whole_keys = hi - lo == kWarpgroupRows;
+  const volatile Walk::Part& part = walk.part[consumer];
+  const int steps = walk.steps;
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i, oldest += tokens) {
+  for (int i = 0; i < steps; ++i) {
     ptx::barrier_wait(base + Layout::kFull + 8 * ring.slot, ring.parity);
-    const int newest = oldest + tokens - 1;
-    const bool nothing = newest < needed_from ||
-                         (oldest > last_end && static_cast<unsigned>(oldest - last_end) >= visible.span);
-    const bool whole =
-        whole_keys && visible(oldest, last_end) && visible(newest, first_end) && newest < end_position;
-    if (whole) {
+    if (i >= part.whole_from && i < part.whole_to) {
       run_step.template operator()<false>();
-    } else if (!nothing) {
+    } else if (i >= part.seen_from && i < part.seen_to) {
       run_step.template operator()<true>();
     }
     ptx::barrier_arrive_if(base + Layout::kEmpty + 8 * ring.slot, lane == 0);
@@ -292,15 +308,7 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
     ptx::barrier_init(base + Layout::kFullKeys, 1);
     ptx::barrier_init(base + Layout::kLanded, 1);
     ptx::barrier_init_fence();
-    walk.number = static_cast<int>(blockIdx.x) / parts.splits;
-    walk.split = static_cast<int>(blockIdx.x) % parts.splits;
-    walk.tile = find_key_tile(p.seqs, p.keys, p.window, walk.number, Layout::kKeys);
-    walk.head = blockIdx.y;
-    walk.tokens = Layout::kRows / p.shape.group();
-    const int64_t steps = ceil_div(walk.tile.query_hi - walk.tile.query_lo, walk.tokens);
-    const int64_t first = steps * walk.split / parts.splits;
-    walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
-    walk.first = walk.tile.query_lo + first * walk.tokens;
+    walk = describe_walk(p, parts, Layout::kRows);
   }
   // Rows behind the last token of a step are multiplied too.
   const int rows = Layout::kRows / p.shape.group() * p.shape.group();
@@ -316,7 +324,7 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
   __syncthreads();
   if (walk.tile.seen.lo == walk.tile.seen.hi) return;
   const int warpgroup = threadIdx.x / 128;
-  if (warpgroup == Layout::kConsumers) {
+  if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
     if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, walk, base, shared);
   } else {

@@ -29,8 +29,8 @@ struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   static constexpr int kFullV = kEmptyK + 8 * kStages;
   static constexpr int kEmptyV = kFullV + 8 * kStages;
   static constexpr int kFullQ = kEmptyV + 8 * kStages;
-  static constexpr int kEmptyQ = kFullQ + 8 * Config::kConsumers;
-  static constexpr int kLanded = kEmptyQ + 8 * Config::kConsumers;  // of a tile the producer still works on
+  static constexpr int kEmptyQ = kFullQ + 8 * kConsumers;
+  static constexpr int kLanded = kEmptyQ + 8 * kConsumers;  // of a tile the producer still works on
   static constexpr int kItems = kLanded + 8;
   static constexpr int kItemSlots =
       2;  // an item is told when Q of the last one is used up: the one before is over
@@ -39,8 +39,8 @@ struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
   static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
   static constexpr int kQ = 1024;
-  static constexpr int kO = kQ + Config::kConsumers * kBytesQ;
-  static constexpr int kK = kO + Config::kConsumers * kBytesO;
+  static constexpr int kO = kQ + kConsumers * kBytesQ;
+  static constexpr int kK = kO + kConsumers * kBytesO;
   static constexpr int kV = kK + kStages * kBytesK;
   static constexpr int kBytes = 1024 + kV + kStages * kBytesV;
   static_assert(kItems % 8 == 0 && kItems + kItemSlots * static_cast<int>(sizeof(Item)) <= kQ &&
@@ -94,8 +94,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
   Item item;
   const auto tell_item = [&] {  // when the Q of the last one is used up
 #pragma unroll 1
-    for (int w = 0; w < Layout::kConsumers; ++w)
-      ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
+    for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
     if (lane == 0) items[count % Layout::kItemSlots] = item;
     ++count;
   };
@@ -120,7 +119,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
         tell_item();
         if (lane == 0) {
 #pragma unroll 1
-          for (int w = 0; w < Layout::kConsumers; ++w) {
+          for (int w = 0; w < kConsumers; ++w) {
             const uint32_t full_q = base + Layout::kFullQ + 8 * w;
             const int row = static_cast<int>(item.row) + w * part;
             ptx::barrier_arrive_expect(full_q, part * group * (kDimQK + kDimV) * 2);
@@ -151,7 +150,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
   tell_item();
   if (lane == 0) {
 #pragma unroll 1
-    for (int w = 0; w < Layout::kConsumers; ++w) ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
+    for (int w = 0; w < kConsumers; ++w) ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
   }
 }
 
@@ -286,7 +285,7 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
       ptx::barrier_init(base + Layout::kEmptyK + 8 * i, Layout::kConsumerWarps);
       ptx::barrier_init(base + Layout::kEmptyV + 8 * i, Layout::kConsumerWarps);
     }
-    for (int i = 0; i < Layout::kConsumers; ++i) {
+    for (int i = 0; i < kConsumers; ++i) {
       ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
       ptx::barrier_init(base + Layout::kEmptyQ + 8 * i, 4);
     }
@@ -294,10 +293,10 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  const Schedule schedule{num_tiles, p.shape.num_heads_kv,
-                          kWarpgroupRows / p.shape.group() * Layout::kConsumers, Layout::kKeys};
+  const Schedule schedule{num_tiles, p.shape.num_heads_kv, kWarpgroupRows / p.shape.group() * kConsumers,
+                          Layout::kKeys};
   const int warpgroup = threadIdx.x / 128;
-  if (warpgroup == Layout::kConsumers) {
+  if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
     if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, schedule, base, shared);
   } else {
@@ -314,7 +313,7 @@ bool banded_attention_bwd_queries(const BandedAttentionBwdParams& p, const Strea
     BandedBwdMaps maps;
     const int group = p.shape.group(), part = kWarpgroupRows / group;
     if (!make_maps<kDimQK, kDimV>(&maps, p, part, Layout::kKeys)) return false;
-    const int64_t num_tiles = num_sequence_tiles(p.seqs, part * Layout::kConsumers);
+    const int64_t num_tiles = num_sequence_tiles(p.seqs, part * kConsumers);
     const int64_t blocks =
         min64(num_tiles * p.shape.num_heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
     *status = launch("banded_attention_bwd_queries_sm90", banded_attention_bwd_queries_sm90<T, kDimQK, kDimV>,

@@ -52,13 +52,15 @@ static __global__ void __launch_bounds__(256)
   const KeyTile tile = find_key_tile(seqs, keys, window, tile_number, parts.tile_keys);
   const int chunks = static_cast<int>(parts.row_floats()) / 4;
   const float4* const part = reinterpret_cast<const float4*>(parts.tile(0, tile_number, head));
-  for (int i = threadIdx.x; i < (tile.seen.hi - tile.seen.lo) * chunks; i += blockDim.x) {
+  for (int i = blockIdx.z * blockDim.x + threadIdx.x; i < (tile.seen.hi - tile.seen.lo) * chunks;
+       i += gridDim.z * blockDim.x) {
     const int key = tile.seen.lo + i / chunks, column = i % chunks * 4;
     const bool is_dk = column < parts.dim_qk;
     float* const gradient = is_dk ? dk : dv;
     if (gradient == nullptr) continue;
     const float4* source = part + (key - tile.begin) * chunks + column / 4;
     float4 sum = *source;
+#pragma unroll 8
     for (int split = 1; split < parts.splits; ++split) {
       source += parts.split_floats() / 4;
       const float4 x = *source;
@@ -74,9 +76,10 @@ static __global__ void __launch_bounds__(256)
 
 inline Status launch_sum(const BandedAttentionBwdParams& p, const KeyParts& parts, const Stream& stream) {
   if (parts.splits == 1) return {};
+  constexpr unsigned kSlices = 16;  // of a tile: few tiles are what parts are for
   return launch("banded_attention_bwd_sum", banded_attention_bwd_sum,
-                dim3(static_cast<unsigned>(parts.num_tiles), static_cast<unsigned>(parts.heads)), 256, 0,
-                stream, p.seqs, p.keys, p.window, parts, static_cast<float*>(p.grads.dk),
+                dim3(static_cast<unsigned>(parts.num_tiles), static_cast<unsigned>(parts.heads), kSlices),
+                256, 0, stream, p.seqs, p.keys, p.window, parts, static_cast<float*>(p.grads.dk),
                 static_cast<float*>(p.grads.dv));
 }
 
