@@ -63,7 +63,8 @@ class CacheCase:
             order = torch.randperm(self.num_pages, generator=torch.Generator().manual_seed(5))
             table = order[: len(case.lengths) * self.width].view(len(case.lengths), self.width)
             used = torch.tensor(case.lengths)[:, None] > self.page * torch.arange(self.width)
-            self.block_table = torch.where(used, table, -1).int().to(device)
+            self.table = torch.where(used, table, -1).int()
+            self.block_table = self.table.to(device)
         most = max(case.query_lengths)
         self.ring = min(self.page * self.width, case.window - 1 + max(most, 1))
         self.tail = min(self.page * self.width, case.compress[0] - 1 + max(most, 1))
@@ -90,26 +91,24 @@ class CacheCase:
 
     def row(self, b: int, s: int, page: int) -> tuple[int, int]:
         """Page and row of row s of sequence b, with `page` rows per page."""
-        return (int(self.block_table[b, s // page]) if self.paged else b), s % page
+        return (int(self.table[b, s // page]) if self.paged else b), s % page
 
     def pages(self, rows: Tensor, stride: int) -> Tensor:
         """Tokens (stride 1) or compressed rows as pages."""
-        case, page = self.x.case, self.page // stride
-        out = torch.full((self.num_pages, page, *rows.shape[1:]), float("nan"), dtype=rows.dtype).to(
-            rows.device
-        )
+        case, page, device, rows = self.x.case, self.page // stride, rows.device, rows.cpu()
+        out = torch.full((self.num_pages, page, *rows.shape[1:]), float("nan"), dtype=rows.dtype)
         extra = case.compress[0] // stride - 1 if stride > 1 else 0
         for b, held in enumerate(self.held):
             first = case.first_compressed_row(b) if stride > 1 else sum(case.lengths[:b])
             count = max(0, (held - case.compress[0]) // stride + 1) if stride > 1 else held
             for i in range(count):
                 out[self.row(b, i + extra, page)] = rows[first + i]
-        return out
+        return out.to(device)
 
     def ring_of(self, rows: Tensor, size: int) -> Tensor:
-        shape = (len(self.held), size, *rows.shape[1:])
-        out = torch.full(shape, float("nan"), dtype=rows.dtype).to(rows.device)
+        device, rows = rows.device, rows.cpu()
+        out = torch.full((len(self.held), size, *rows.shape[1:]), float("nan"), dtype=rows.dtype)
         for b, held in enumerate(self.held):
             for s in range(max(0, held - size), held):
                 out[b, s % size] = rows[sum(self.x.case.lengths[:b]) + s]
-        return out
+        return out.to(device)

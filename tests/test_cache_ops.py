@@ -171,7 +171,7 @@ def test_append_kv(
         assert_same_bits(name, tail, after.ring_of(raw, after.tail))
     for stream, name in enumerate(("k_cmp_cache", "v_cmp_cache")):
         exact, baseline = call.compressed(stream, torch.float64), call.compressed(stream, dtype)
-        before = CacheCase(call.x, layout, call.held).streams[name]
+        written, before = (c.streams[name].cpu() for c in (call.cache, CacheCase(call.x, layout, call.held)))
         for b, held in enumerate(call.held):
             first, count = case.first_compressed_row(b), case.num_compressed(b)
             old = max(0, (held - case.compress[0]) // case.compress[1] + 1)
@@ -179,14 +179,14 @@ def test_append_kv(
             at = [after.row(b, i + extra, page) for i in range(count)]
             for i, where in enumerate(at):
                 if i < old:
-                    assert_same_bits(name, call.cache.streams[name][where], before[where])
+                    assert_same_bits(name, written[where], before[where])
             if count > old:
                 new = slice(first + old, first + count)
-                actual = torch.stack([call.cache.streams[name][where] for where in at[old:]])
+                actual = torch.stack([written[where] for where in at[old:]])
                 assert_close(name, actual, exact[new], baseline[new])
             for where in at:
-                before[where] = call.cache.streams[name][where]
-        assert_same_bits(name, call.cache.streams[name], before)  # nothing else was written
+                before[where] = written[where]
+        assert_same_bits(name, written, before)  # nothing else was written
 
 
 def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:

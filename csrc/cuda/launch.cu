@@ -41,8 +41,8 @@ NSA_LAUNCH_BEST(block_scores, BlockScoresParams)
 NSA_LAUNCH_BEST(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_BEST(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
-NSA_LAUNCH_NONE(append_kv, AppendKvParams)
-NSA_LAUNCH_NONE(decode_attention, DecodeAttentionParams)
+NSA_LAUNCH_PORTABLE(append_kv, AppendKvParams)
+NSA_LAUNCH_PORTABLE(decode_attention, DecodeAttentionParams)
 NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
 NSA_LAUNCH_BEST(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
@@ -65,7 +65,7 @@ int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
 }
 int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
 int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
-int64_t workspace_bytes(const AppendKvParams&) { return 0; }
-int64_t workspace_bytes(const DecodeAttentionParams&) { return 0; }
+int64_t workspace_bytes(const AppendKvParams& p) { return portable::workspace_bytes(p); }
+int64_t workspace_bytes(const DecodeAttentionParams& p) { return portable::workspace_bytes(p); }
 
 }  // namespace nsa::cuda

@@ -54,6 +54,8 @@ constexpr SupportRow kSupport[] = {
     {"selected_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"sliding_window_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"gated_combine", Path::kCudaPortable, kCudaDTypes, {}},
+    {"append_kv", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"decode_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"compressed_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"sliding_window_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},

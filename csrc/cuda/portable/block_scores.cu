@@ -8,6 +8,7 @@
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/tile/sequence_tile.cuh"
+#include "cuda/tile/top_k.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
@@ -274,47 +275,6 @@ __global__ void __launch_bounds__(ScoresLayout<kDim>::kThreads)
 }
 
 constexpr int kChoiceWarps = 4;
-constexpr int kMaxCandidates = 256;
-
-// Scores are sums of exponentials, never negative: their bits compare like themselves. A NaN with a sign
-// counts as zero.
-__device__ __forceinline__ int score_key(float score) { return max(__float_as_int(score), 0); }
-
-// The largest v for which at least k of the values (count(v) counts those >= v) reach it.
-template <typename Count>
-__device__ __forceinline__ int kth_largest(int k, const Count& count_reaching) {
-  int v = 0;
-  for (int bit = 30; bit >= 0; --bit) {
-    const int trial = v | 1 << bit;
-    if (count_reaching(trial) >= k) v = trial;
-  }
-  return v;
-}
-
-// Writes the k best of `count` values, in order: those above the k-th, and as many equal to it as there is
-// room, from the front.
-template <typename Key, typename Index>
-__device__ __forceinline__ void write_best(int32_t* out, int k, int count, const Key& key, const Index& index,
-                                           int lane) {
-  const auto count_reaching = [&](int v) {
-    int n = 0;
-    for (int i = lane; i < count; i += 32) n += key(i) >= v;
-    return __reduce_add_sync(~0u, n);
-  };
-  const int threshold = kth_largest(k, count_reaching);
-  int ties = k - (threshold == 0x7fffffff ? 0 : count_reaching(threshold + 1));
-  const unsigned lower_lanes = (1u << lane) - 1;
-  int written = 0;
-  for (int begin = 0; begin < count; begin += 32) {
-    const int i = begin + lane, value = i < count ? key(i) : -1;
-    const unsigned equal = __ballot_sync(~0u, value == threshold);
-    const bool chosen = value > threshold || (value == threshold && __popc(equal & lower_lanes) < ties);
-    const unsigned mask = __ballot_sync(~0u, chosen);
-    if (chosen) out[written + __popc(mask & lower_lanes)] = index(i);
-    written += __popc(mask);
-    ties -= min(ties, __popc(equal));
-  }
-}
 
 __global__ void __launch_bounds__(kChoiceWarps * 32)
     select_blocks_portable(const SelectBlocksParams p, const ScoresOutput scores, const int tokens) {
@@ -331,48 +291,8 @@ __global__ void __launch_bounds__(kChoiceWarps * 32)
         scores.scores + (output_row(scores, tile, tokens, token) * p.scoring.shape.num_heads_kv + head) *
                             p.scoring.num_blocks;
     const int own = t < 0 ? -1 : static_cast<int>(min64(t / p.scoring.block_size, p.scoring.num_blocks - 1));
-    const int initial = min(p.num_initial_blocks, own + 1),
-              local = max(initial, own + 1 - p.num_local_blocks);
-    const int count = local - initial, k = min(n - initial - (own + 1 - local), count);
-    for (int i = lane; i < initial; i += 32) out[i] = i;
-    for (int i = lane; i < n - initial - k; i += 32) out[initial + k + i] = local + i <= own ? local + i : -1;
-    if (k == count) {
-      for (int i = lane; i < k; i += 32) out[initial + i] = initial + i;
-      continue;
-    }
-    if (k <= 0) continue;
-    const float* candidates = row + initial;
-    // 64 maxima over disjoint parts: the k-th largest of them (k <= n <= 64) is a lower bound of the k-th
-    // largest score.
-    int high0 = -1, high1 = -1;
-    for (int i = lane; i < count; i += 64) {
-      high0 = max(high0, score_key(candidates[i]));
-      if (i + 32 < count) high1 = max(high1, score_key(candidates[i + 32]));
-    }
-    const int bound = kth_largest(k, [&](int v) {
-      return __popc(__ballot_sync(~0u, high0 >= v)) + __popc(__ballot_sync(~0u, high1 >= v));
-    });
-    int held = 0;
-    for (int begin = 0; begin < count && held <= kMaxCandidates; begin += 32) {
-      const int i = begin + lane, key = i < count ? score_key(candidates[i]) : -1;
-      const unsigned mask = __ballot_sync(~0u, key >= bound);
-      const int at = held + __popc(mask & ((1u << lane) - 1));
-      if (key >= bound && at < kMaxCandidates) {
-        candidate_key[warp][at] = key;
-        candidate_index[warp][at] = initial + i;
-      }
-      held += __popc(mask);
-    }
-    __syncwarp();
-    if (held <= kMaxCandidates) {
-      write_best(
-          out + initial, k, held, [&](int i) { return candidate_key[warp][i]; },
-          [&](int i) { return candidate_index[warp][i]; }, lane);
-    } else {
-      write_best(
-          out + initial, k, count, [&](int i) { return score_key(candidates[i]); },
-          [&](int i) { return initial + i; }, lane);
-    }
+    choose_blocks(out, row, own, n, p.num_initial_blocks, p.num_local_blocks, candidate_key[warp],
+                  candidate_index[warp], lane);
     __syncwarp();
   }
 }

@@ -53,6 +53,14 @@ struct SelectedConfig {
   static constexpr int kMaxTokens = 32;  // the bits of a block's mask
 };
 
+// Decoding: every warp has a ring of its own, so that none waits for another; two stages of 16 keys a warp,
+// three thread blocks on an SM, keep more bytes in flight than the memory's latency asks for.
+template <int kDimQK, int kDimV>
+struct DecodeConfig {
+  static constexpr int kWarps = kDimQK + kDimV <= 320 ? 4 : 2;  // 74 KB at dim 128, 76 KB at 256
+  static constexpr int kStages = 2;
+};
+
 // Memory for the scores of the queries that select_blocks works on at a time.
 constexpr long long kSelectWorkspaceBytes = 128ll << 20;
 

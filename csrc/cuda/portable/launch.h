@@ -15,5 +15,7 @@ Status compress_bias(const CompressFwdParams& p, const Stream& stream);
 
 int64_t workspace_bytes(const SelectBlocksParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
+int64_t workspace_bytes(const AppendKvParams& p);
+int64_t workspace_bytes(const DecodeAttentionParams& p);
 
 }  // namespace nsa::cuda::portable

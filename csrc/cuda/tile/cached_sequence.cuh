@@ -1,0 +1,40 @@
+// Sequences and rows of an inference cache on the device, where lengths and page numbers are not trusted:
+// whatever they say, nothing outside the tensors is touched.
+#pragma once
+
+#include "nsa/params.h"
+
+namespace nsa::cuda {
+
+__device__ inline Sequence clamped_sequence(const CachedBatch& seqs, int64_t b) {
+  Sequence seq = seqs.sequence(b);
+  const int64_t cached = min64(max64(seqs.cache_seqlens[b], 0), seqs.capacity);
+  seq.q_begin = min64(max64(seq.q_begin, 0), seqs.total_q);
+  seq.q_len = min64(max64(seq.q_len, 0), min64(seqs.total_q - seq.q_begin, seqs.capacity - cached));
+  seq.k_len = cached + seq.q_len;
+  return seq;
+}
+
+// The sequence that holds a row of q, or -1 for padding.
+__device__ inline int64_t find_sequence(const CachedBatch& seqs, int64_t row) {
+  if (seqs.cu_seqlens_q == nullptr) return row / (seqs.total_q / seqs.batch);
+  int64_t low = 0, high = seqs.batch;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (seqs.cu_seqlens_q[middle] <= row ? low : high) = middle;
+  }
+  const Sequence seq = clamped_sequence(seqs, low);
+  return row >= seq.q_begin && row < seq.q_begin + seq.q_len ? low : -1;
+}
+
+// Offset of row s of sequence b, or -1 if the block table names no page there is. 32-bit division: a cache
+// has fewer than 2^31 tokens per sequence.
+__device__ inline int64_t cached_offset(const CachedRows& rows, int64_t b, int s, int head) {
+  const int page_rows = static_cast<int>(rows.page_rows);
+  const int index = s / page_rows, row = s - index * page_rows;
+  const int64_t page = rows.block_table == nullptr ? b : rows.block_table[b * rows.table_width + index];
+  if (page < 0 || page >= rows.num_pages) return -1;
+  return page * rows.stride_page + row * rows.stride_row + head * rows.stride_head;
+}
+
+}  // namespace nsa::cuda

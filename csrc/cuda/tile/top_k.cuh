@@ -1,0 +1,98 @@
+// The choice of the best of many scores by one warp.
+#pragma once
+
+#include <cstdint>
+
+namespace nsa::cuda {
+
+constexpr int kMaxCandidates = 256;
+
+// Scores are sums of exponentials, never negative: their bits compare like themselves. A NaN with a sign
+// counts as zero.
+__device__ __forceinline__ int score_key(float score) { return max(__float_as_int(score), 0); }
+
+// The largest v for which at least k of the values (count(v) counts those >= v) reach it.
+template <typename Count>
+__device__ __forceinline__ int kth_largest(int k, const Count& count_reaching) {
+  int v = 0;
+  for (int bit = 30; bit >= 0; --bit) {
+    const int trial = v | 1 << bit;
+    if (count_reaching(trial) >= k) v = trial;
+  }
+  return v;
+}
+
+// Writes the k best of `count` values, in order: those above the k-th, and as many equal to it as there is
+// room, from the front.
+template <typename Key, typename Index>
+__device__ __forceinline__ void write_best(int32_t* out, int k, int count, const Key& key, const Index& index,
+                                           int lane) {
+  const auto count_reaching = [&](int v) {
+    int n = 0;
+    for (int i = lane; i < count; i += 32) n += key(i) >= v;
+    return __reduce_add_sync(~0u, n);
+  };
+  const int threshold = kth_largest(k, count_reaching);
+  int ties = k - (threshold == 0x7fffffff ? 0 : count_reaching(threshold + 1));
+  const unsigned lower_lanes = (1u << lane) - 1;
+  int written = 0;
+  for (int begin = 0; begin < count; begin += 32) {
+    const int i = begin + lane, value = i < count ? key(i) : -1;
+    const unsigned equal = __ballot_sync(~0u, value == threshold);
+    const bool chosen = value > threshold || (value == threshold && __popc(equal & lower_lanes) < ties);
+    const unsigned mask = __ballot_sync(~0u, chosen);
+    if (chosen) out[written + __popc(mask & lower_lanes)] = index(i);
+    written += __popc(mask);
+    ties -= min(ties, __popc(equal));
+  }
+}
+
+// The selection of a query whose own block is `own` (-1: none) from scores[0 .. own]: out[n] ascending, -1 at
+// the end. candidate_key and candidate_index [kMaxCandidates] are scratch in shared memory; n <= 64.
+__device__ __forceinline__ void choose_blocks(int32_t* out, const float* scores, int own, int n,
+                                              int num_initial, int num_local, int* candidate_key,
+                                              int* candidate_index, int lane) {
+  const int initial = min(num_initial, own + 1), local = max(initial, own + 1 - num_local);
+  const int count = local - initial, k = min(n - initial - (own + 1 - local), count);
+  for (int i = lane; i < initial; i += 32) out[i] = i;
+  for (int i = lane; i < n - initial - k; i += 32) out[initial + k + i] = local + i <= own ? local + i : -1;
+  if (k == count) {
+    for (int i = lane; i < k; i += 32) out[initial + i] = initial + i;
+    return;
+  }
+  if (k <= 0) return;
+  const float* candidates = scores + initial;
+  // 64 maxima over disjoint parts: the k-th largest of them (k <= n <= 64) is a lower bound of the k-th
+  // largest score.
+  int high0 = -1, high1 = -1;
+  for (int i = lane; i < count; i += 64) {
+    high0 = max(high0, score_key(candidates[i]));
+    if (i + 32 < count) high1 = max(high1, score_key(candidates[i + 32]));
+  }
+  const int bound = kth_largest(k, [&](int v) {
+    return __popc(__ballot_sync(~0u, high0 >= v)) + __popc(__ballot_sync(~0u, high1 >= v));
+  });
+  int held = 0;
+  for (int begin = 0; begin < count && held <= kMaxCandidates; begin += 32) {
+    const int i = begin + lane, key = i < count ? score_key(candidates[i]) : -1;
+    const unsigned mask = __ballot_sync(~0u, key >= bound);
+    const int at = held + __popc(mask & ((1u << lane) - 1));
+    if (key >= bound && at < kMaxCandidates) {
+      candidate_key[at] = key;
+      candidate_index[at] = initial + i;
+    }
+    held += __popc(mask);
+  }
+  __syncwarp();
+  if (held <= kMaxCandidates) {
+    write_best(
+        out + initial, k, held, [&](int i) { return candidate_key[i]; },
+        [&](int i) { return candidate_index[i]; }, lane);
+  } else {
+    write_best(
+        out + initial, k, count, [&](int i) { return score_key(candidates[i]); },
+        [&](int i) { return initial + i; }, lane);
+  }
+}
+
+}  // namespace nsa::cuda
