@@ -1,6 +1,6 @@
 """Checks that the includes of csrc/ follow the arrows of docs/architecture.md:
 
-ops, bindings -> nsa (the contract) <- cpu | cuda/{portable, sm90} -> cuda/{host, tile} -> cuda/ptx;
+ops, bindings -> nsa (the contract) <- cpu | cuda/{portable, sm90} -> cuda/common -> cuda/{host, tile} -> cuda/ptx;
 torch only in ops.
 """
 
@@ -22,8 +22,9 @@ LAYERS = {
     "cuda/ptx": (["nsa", "cuda/ptx"], CUDA_TOOLKIT),
     "cuda/tile": (["nsa", "cuda/ptx", "cuda/tile"], CUDA_TOOLKIT),
     "cuda/host": (["nsa", "cuda/host"], CUDA_TOOLKIT),
-    "cuda/portable": (["nsa", "cuda/ptx", "cuda/tile", "cuda/host", "cuda/portable"], CUDA_TOOLKIT),
-    "cuda/sm90": (["nsa", "cuda/ptx", "cuda/tile", "cuda/host", "cuda/sm90"], CUDA_TOOLKIT),
+    "cuda/common": (["nsa", "cuda/ptx", "cuda/tile", "cuda/host", "cuda/common"], CUDA_TOOLKIT),
+    "cuda/portable": (["nsa", "cuda/ptx", "cuda/tile", "cuda/host", "cuda/common", "cuda/portable"], CUDA_TOOLKIT),
+    "cuda/sm90": (["nsa", "cuda/ptx", "cuda/tile", "cuda/host", "cuda/common", "cuda/sm90"], CUDA_TOOLKIT),
     "cuda": (["nsa", "cuda"], CUDA_TOOLKIT),
     "ops": (["nsa", "ops"], TORCH),
     "bindings": (["nsa", "bindings"], PYBIND),

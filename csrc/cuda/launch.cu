@@ -45,7 +45,7 @@ NSA_LAUNCH_PORTABLE(append_kv, AppendKvParams)
 NSA_LAUNCH_PORTABLE(decode_attention, DecodeAttentionParams)
 NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
 NSA_LAUNCH_BEST(banded_attention_backward, BandedAttentionBwdParams)
-NSA_LAUNCH_NONE(selected_attention_backward, SelectedAttentionBwdParams)
+NSA_LAUNCH_BEST(selected_attention_backward, SelectedAttentionBwdParams)
 NSA_LAUNCH_NONE(gated_combine_backward, GatedCombineBwdParams)
 NSA_LAUNCH_NONE(attention_delta, DeltaParams)
 
@@ -63,7 +63,9 @@ int64_t workspace_bytes(const SelectBlocksParams& p) {
 int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }
-int64_t workspace_bytes(const SelectedAttentionBwdParams&) { return 0; }
+int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
+  return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);
+}
 int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
 int64_t workspace_bytes(const AppendKvParams& p) { return portable::workspace_bytes(p); }
 int64_t workspace_bytes(const DecodeAttentionParams& p) { return portable::workspace_bytes(p); }

@@ -94,8 +94,10 @@ struct AttentionProblem {
   }
 
   // wanted: bits of dq, dk, dv. scaled: dO comes with a factor per query and head, as the gate gives it.
+  // allowed: the error, relative to the largest gradient.
   template <typename BwdParams, typename Launch>
-  std::string check_backward(const Launch& launch, unsigned wanted = 7, bool scaled = false) const {
+  std::string check_backward(const Launch& launch, unsigned wanted = 7, bool scaled = false,
+                             double allowed = bound<Acc<T>, Acc<T>>()) const {
     const NaiveForward forward = naive_forward(batch, heads, keys, scale, q, k, v);
     const int64_t rows = batch.total_q() * heads.q;
     std::vector<double> factors;
@@ -129,7 +131,6 @@ struct AttentionProblem {
     const nsa::Status status = launch(p);
     if (!status.ok()) return status.message;
     if (!dq.intact() || !dk.intact() || !dv.intact()) return "wrote in front of a gradient";
-    const double allowed = bound<Acc<T>, Acc<T>>();
     std::string wrong;
     if (wanted & 1) wrong += mismatch("dq", dq.values(), exact.dq, allowed);
     if (wanted & 2) wrong += mismatch("dk", dk.values(), exact.dk, allowed);

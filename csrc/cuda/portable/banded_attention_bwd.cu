@@ -8,7 +8,7 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
-#include "cuda/tile/key_parts.cuh"
+#include "cuda/common/key_parts.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {

@@ -61,6 +61,26 @@ struct DecodeConfig {
   static constexpr int kStages = 2;
 };
 
+// Selected attention, backward, dK and dV: a warp owns 16 keys and their sums in registers, (kDimQK + kDimV)
+// / 2 of them; at 256 that is too many, so dK and dV take a pass each.
+template <int kDimQK, int kDimV>
+struct SelectedKeysConfig {
+  static constexpr bool kOnePass = kDimQK + kDimV <= 320;
+  static constexpr int kMaxKeys = kOnePass ? 64 : 32;
+  // Query rows of a stage: K, V and two stages stay below 99 KB, the scores within the registers.
+  static constexpr int kRows = kDimQK + kDimV <= 256 ? 32 : 16;
+};
+
+// dQ: as the forward, with dO beside Q; so a stage is shorter.
+template <int kDimQK, int kDimV>
+struct SelectedQueriesConfig {
+  static constexpr int kConsumers = kDimQK <= 128 ? 8 : 4;
+  static constexpr int kProducers = 4;
+  static constexpr int kMaxStages = 6;
+  static constexpr int kMaxTokens = 32;
+  static constexpr int kKeys = kDimQK < 96 ? 64 : kDimV <= 128 ? 32 : 16;  // at most; block_size may be 32
+};
+
 // Memory for the scores of the queries that select_blocks works on at a time.
 constexpr long long kSelectWorkspaceBytes = 128ll << 20;
 

@@ -8,6 +8,7 @@ namespace nsa::cuda::portable {
 #define NSA_DECLARE_PORTABLE(name, Params) Status name(const Params& p, const Stream& stream);
 NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
 NSA_DECLARE_PORTABLE(banded_attention_backward, BandedAttentionBwdParams)
+NSA_DECLARE_PORTABLE(selected_attention_backward, SelectedAttentionBwdParams)
 #undef NSA_DECLARE_PORTABLE
 
 // The partial sums of W1 . vec(PE) that every compress_forward of the device reads.
@@ -17,5 +18,6 @@ int64_t workspace_bytes(const SelectBlocksParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 int64_t workspace_bytes(const AppendKvParams& p);
 int64_t workspace_bytes(const DecodeAttentionParams& p);
+int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
 
 }  // namespace nsa::cuda::portable

@@ -6,30 +6,13 @@
 // tokens chose. So loads are shared and products exact.
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
+#include "cuda/portable/selected_tile.cuh"
 #include "cuda/portable/types.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
 namespace {
-
-// How the heads of a group lie in slabs of 16 rows: padded to a power of two, or to whole slabs.
-struct RowPlan {
-  int padded;           // rows of a token
-  int tokens_per_slab;  // >= 1
-  int slabs_per_token;  // >= 1
-  int tokens;           // of a thread block
-
-  __host__ __device__ RowPlan(int group, int slabs, int max_tokens) {
-    padded = 1;
-    while (padded < group && padded < 16) padded *= 2;
-    if (group > 16) padded = static_cast<int>(round_up(group, 16));
-    tokens_per_slab = padded < 16 ? 16 / padded : 1;
-    slabs_per_token = padded > 16 ? padded / 16 : 1;
-    tokens = static_cast<int>(min64(max_tokens, slabs * tokens_per_slab / slabs_per_token));
-  }
-};
 
 template <int kDimQK, int kDimV, int kKeys>
 struct SelectedLayout : SelectedConfig<kDimQK, kDimV> {
@@ -41,75 +24,6 @@ struct SelectedLayout : SelectedConfig<kDimQK, kDimV> {
   static constexpr int kRing = kQ + tile_bytes<kDimQK>(kRows);
   static constexpr int kStageBytes = tile_bytes<kDimQK>(kKeys) + tile_bytes<kDimV>(kKeys);
 };
-
-// The union of the chosen blocks in shared memory, behind the ring.
-struct Union {
-  int* count;
-  uint32_t* bitmap;  // [words]
-  int* rank;         // [words]: blocks before this word
-  int* block;        // [tokens * n]
-  uint32_t* mask;    // [tokens * n]: bit i for token i
-
-  __host__ __device__ static int64_t bytes(int64_t words, int64_t entries) {
-    return 16 + 8 * words + 8 * entries;
-  }
-  __device__ Union(unsigned char* memory, int words, int entries)
-      : count(reinterpret_cast<int*>(memory)),
-        bitmap(reinterpret_cast<uint32_t*>(memory + 16)),
-        rank(reinterpret_cast<int*>(bitmap + words)),
-        block(rank + words),
-        mask(reinterpret_cast<uint32_t*>(block + entries)) {}
-};
-
-// Calls visit(token, block) for every legal choice of the tile's tokens: numbers outside 0 .. own are
-// ignored.
-template <typename Visit>
-__device__ __forceinline__ void for_each_choice(const SelectedAttentionFwdParams& p, const SequenceTile& tile,
-                                                int head, int num_blocks, const Visit& visit) {
-  const int n = p.num_selected_blocks;
-  for (int i = threadIdx.x; i < tile.count * n; i += blockDim.x) {
-    const int token = i / n;
-    const int j =
-        p.block_indices[((tile.seq.q_begin + tile.begin + token) * p.shape.num_heads_kv + head) * n + i -
-                        token * n];
-    const int64_t t = tile.seq.position(tile.begin + token);
-    if (j >= 0 && j < num_blocks && t >= 0 && j <= t / p.block_size) visit(token, j);
-  }
-}
-
-__device__ void build_union(const SelectedAttentionFwdParams& p, const SequenceTile& tile, int head,
-                            int num_blocks, const Union& u) {
-  const int words = (num_blocks + 31) / 32, lane = threadIdx.x & 31;
-  for (int i = threadIdx.x; i < words; i += blockDim.x) u.bitmap[i] = 0;
-  __syncthreads();
-  for_each_choice(p, tile, head, num_blocks,
-                  [&](int, int j) { atomicOr(&u.bitmap[j >> 5], 1u << (j & 31)); });
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    int before = 0;
-    for (int begin = 0; begin < words; begin += 32) {
-      const int own = begin + lane < words ? __popc(u.bitmap[begin + lane]) : 0;
-      int sum = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-      }
-      if (begin + lane < words) u.rank[begin + lane] = before + sum - own;
-      before += __shfl_sync(~0u, sum, 31);
-    }
-    if (lane == 0) *u.count = before;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < *u.count; i += blockDim.x) u.mask[i] = 0;
-  __syncthreads();
-  for_each_choice(p, tile, head, num_blocks, [&](int token, int j) {
-    const int at = u.rank[j >> 5] + __popc(u.bitmap[j >> 5] & ((1u << (j & 31)) - 1));
-    u.block[at] = j;
-    atomicOr(&u.mask[at], 1u << token);
-  });
-  __syncthreads();
-}
 
 template <typename T, int kDimQK, int kDimV, int kKeys>
 __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys>::kThreads)

@@ -23,6 +23,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "r"(shared));
 }
 
+// PTX: movmatrix (sm_75): an 8 x 8 matrix of 16-bit elements in registers, a row to four lanes, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // PTX: mma.sync.m16n8k16, fp32 accumulators. acc[i] is row lane / 4 + 8 * (i / 2), column 2 * (lane % 4) + i
 // % 2.
 template <typename T>

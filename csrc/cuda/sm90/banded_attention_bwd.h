@@ -9,7 +9,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/tile/key_parts.cuh"
+#include "cuda/common/key_parts.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 

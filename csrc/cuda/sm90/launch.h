@@ -15,5 +15,7 @@ bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* stat
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
+bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
+int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
 
 }  // namespace nsa::cuda::sm90

@@ -1,0 +1,312 @@
+// The counting sort behind the backward of selected attention.
+//
+// A thread block takes 256 rows at a time and marks, for every block, who chose it: one bit per row, set by
+// atomicOr, so that the order of threads does not matter. The number of bits is the count, the number of
+// lower bits the rank: no atomic counter decides a place.
+#include "cuda/common/choices.cuh"
+#include "cuda/common/invert_blocks.h"
+#include "cuda/host/launch_kernel.h"
+#include "cuda/tile/sequence_tile.cuh"
+
+namespace nsa::cuda {
+namespace {
+
+constexpr int kTokens = 256;  // rows whose bits are in shared memory together
+constexpr int kWords = kTokens / 32;
+constexpr int kRange = 1024;  // blocks, likewise
+constexpr int kMaxCounts = 512;
+constexpr int kScanThreads = 1024;
+
+struct Inversion {
+  SequenceBatch seqs;
+  int64_t block_size;
+  int num_heads_kv, n;
+  const int32_t* block_indices;
+  InvertPlan plan;
+  BlockLists lists;
+
+  __device__ int64_t start(int head, int64_t count, int64_t block) const {
+    return (head * (plan.num_counts + 1) + count) * plan.num_blocks + block;
+  }
+};
+
+// Counts (kScatter: places) the choices of count_tokens rows among kRange blocks.
+template <bool kScatter>
+__global__ void __launch_bounds__(kTokens) selected_blocks_sort(const Inversion x) {
+  __shared__ uint32_t bits[kWords][kRange];
+  __shared__ int before[kRange];  // entries of the rows that came earlier
+  __shared__ Choosable choices[kTokens];
+  const int head = blockIdx.y, range_begin = blockIdx.z * kRange;
+  const int range = static_cast<int>(min64(kRange, x.plan.num_blocks - range_begin));
+  for (int i = threadIdx.x; i < kRange; i += kTokens) {
+    before[i] = kScatter && i < range ? x.lists.bases[head * x.plan.num_blocks + range_begin + i] +
+                                            x.lists.starts[x.start(head, blockIdx.x, range_begin + i)]
+                                      : 0;
+  }
+  for (int part = 0; part < x.plan.count_tokens; part += kTokens) {
+    const int64_t first_row = int64_t{blockIdx.x} * x.plan.count_tokens + part;
+    choices[threadIdx.x] = find_choosable(x.seqs, first_row + threadIdx.x, x.block_size, x.plan.num_blocks);
+    for (int i = threadIdx.x; i < kWords * kRange; i += kTokens) (&bits[0][0])[i] = 0;
+    __syncthreads();
+    const auto for_each = [&](const auto& visit) {
+      for (int i = threadIdx.x; i < kTokens * x.n; i += kTokens) {
+        const int token = i / x.n, slot = i - token * x.n;
+        const Choosable choice = choices[token];
+        if (choice.legal == 0) continue;
+        const int32_t* row = x.block_indices + ((first_row + token) * x.num_heads_kv + head) * x.n;
+        const int j = row[slot];
+        if (j < 0 || j >= choice.legal) continue;
+        const int local = choice.first + j - range_begin;
+        if (local >= 0 && local < range) visit(token, slot, local, row);
+      }
+    };
+    for_each([&](int token, int, int local, const int32_t*) {
+      atomicOr(&bits[token / 32][local], 1u << (token % 32));
+    });
+    __syncthreads();
+    if constexpr (kScatter) {
+      for_each([&](int token, int slot, int local, const int32_t* row) {
+        for (int i = 0; i < slot; ++i) {
+          if (row[i] == row[slot]) return;
+        }
+        int place = before[local] + __popc(bits[token / 32][local] & ((1u << (token % 32)) - 1));
+        for (int word = 0; word < token / 32; ++word) place += __popc(bits[word][local]);
+        const uint32_t in_chunk = static_cast<uint32_t>((first_row + token) % x.plan.chunk_tokens);
+        x.lists.entries[head * x.seqs.total_q * x.n + place] = in_chunk | static_cast<uint32_t>(slot)
+                                                                              << kEntrySlotShift;
+      });
+      __syncthreads();
+    }
+    for (int i = threadIdx.x; i < range; i += kTokens) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) before[i] += __popc(bits[word][i]);
+    }
+    __syncthreads();
+  }
+  if constexpr (!kScatter) {
+    for (int i = threadIdx.x; i < range; i += kTokens)
+      x.lists.starts[x.start(head, blockIdx.x, range_begin + i)] = before[i];
+  }
+}
+
+// Counts to starts: of 32 blocks, kSegments runs of rows at a time.
+constexpr int kSegments = 16;
+__global__ void __launch_bounds__(32 * kSegments) selected_blocks_starts(const Inversion x) {
+  __shared__ int sums[kSegments][32];
+  const int head = blockIdx.y, lane = threadIdx.x % 32, segment = threadIdx.x / 32;
+  const int64_t block = int64_t{blockIdx.x} * 32 + lane, counts = x.plan.num_counts;
+  const int64_t begin = counts * segment / kSegments, end = counts * (segment + 1) / kSegments;
+  const bool valid = block < x.plan.num_blocks;
+  int sum = 0;
+  if (valid) {
+#pragma unroll 8
+    for (int64_t c = begin; c < end; ++c) sum += x.lists.starts[x.start(head, c, block)];
+  }
+  sums[segment][lane] = sum;
+  __syncthreads();
+  if (!valid) return;
+  int running = 0;
+  for (int s = 0; s < segment; ++s) running += sums[s][lane];
+#pragma unroll 8
+  for (int64_t c = begin; c < end; ++c) {
+    int* start = &x.lists.starts[x.start(head, c, block)];
+    const int count = *start;
+    *start = running;
+    running += count;
+  }
+  if (segment == kSegments - 1) x.lists.starts[x.start(head, counts, block)] = running;
+}
+
+// Exclusive sums over the thread block of `kCount` numbers per thread, *total being added to and carried on.
+template <int kCount>
+__device__ void block_scan(int (&value)[kCount], int (&total)[kCount]) {
+  __shared__ int warps[kCount][kScanThreads / 32];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int inclusive[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    inclusive[i] = value[i];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive[i], step);
+      if (lane >= step) inclusive[i] += other;
+    }
+    if (lane == 31) warps[i][warp] = inclusive[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    int before = 0, sum = 0;
+    for (int w = 0; w < kScanThreads / 32; ++w) {
+      if (w == warp) before = sum;
+      sum += warps[i][w];
+    }
+    value[i] = total[i] + before + inclusive[i] - value[i];
+    total[i] += sum;
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kScanThreads) selected_blocks_bases(const Inversion x) {
+  const int head = blockIdx.x;
+  int total[1] = {0};
+  for (int64_t begin = 0; begin < x.plan.num_blocks; begin += kScanThreads) {
+    const int64_t block = begin + threadIdx.x;
+    const bool valid = block < x.plan.num_blocks;
+    int value[1] = {valid ? x.lists.starts[x.start(head, x.plan.num_counts, block)] : 0};
+    block_scan(value, total);
+    if (valid) x.lists.bases[head * x.plan.num_blocks + block] = value[0];
+  }
+}
+
+// The keys of item->part of a block of the batch.
+__device__ void find_keys(const Inversion& x, int64_t block, WorkItem* item) {
+  int64_t low = 0, high = x.seqs.cu_seqlens_k == nullptr ? 1 : x.seqs.batch;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (x.seqs.cu_seqlens_k[middle] / x.block_size + middle <= block ? low : high) = middle;
+  }
+  const Sequence seq = clamped_sequence(x.seqs, low);
+  const int64_t begin =
+      (block - first_block(seq, low, x.block_size)) * x.block_size + item->part * x.plan.key_tile;
+  const int64_t keys = count_keys(x.seqs, seq, KeyBlocks{}) - begin;
+  item->key_row = static_cast<int>(seq.k_begin + begin);
+  item->num_keys = begin < 0 ? 0 : static_cast<int>(max64(0, min64(x.plan.key_tile, keys)));
+  item->shift = static_cast<int>(seq.position(-seq.q_begin) + 1 - begin);
+}
+
+// The items of one chunk, head by head and block by block.
+__global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inversion x) {
+  const InvertPlan& plan = x.plan;
+  const int64_t chunk = blockIdx.x, ratio = plan.chunk_tokens / plan.count_tokens;
+  const int64_t begin = chunk * ratio, end = min64(begin + ratio, plan.num_counts);
+  const int64_t candidates = x.num_heads_kv * plan.num_blocks * plan.parts;
+  WorkItem* items = x.lists.items + chunk * plan.max_items;
+  int total[2] = {0, 0};  // items, partial sums
+  for (int64_t i = threadIdx.x; i - threadIdx.x < candidates; i += kScanThreads) {
+    const int64_t list = i / plan.parts;
+    WorkItem item{};
+    int length = 0, pieces = 0;
+    if (i < candidates) {
+      const int64_t block = list % plan.num_blocks;
+      item.head = static_cast<int16_t>(list / plan.num_blocks);
+      item.part = static_cast<int16_t>(i % plan.parts);
+      const int before = x.lists.starts[x.start(item.head, begin, block)];
+      length = x.lists.starts[x.start(item.head, end, block)] - before;
+      item.first = x.lists.bases[list] + before;
+      if (length > 0) find_keys(x, block, &item);
+      if (item.num_keys > 0) pieces = length < 2 * plan.split ? 1 : length / plan.split;
+    }
+    int place[2] = {pieces, pieces > 1 ? pieces : 0};
+    block_scan(place, total);
+    const int first = item.first;
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int from = static_cast<int>(int64_t{length} * piece / pieces);
+      item.first = first + from;
+      item.count = static_cast<int>(int64_t{length} * (piece + 1) / pieces) - from;
+      item.partial = pieces > 1 ? place[1] + piece : -1;
+      item.followers = pieces > 1 && piece == 0 ? pieces - 1 : 0;
+      items[place[0] + piece] = item;
+    }
+  }
+  if (threadIdx.x == 0) {
+    x.lists.num_items[chunk] = total[0];
+    for (int pass = 0; pass < kMaxPasses; ++pass) x.lists.tickets[pass * plan.num_chunks + chunk] = 0;
+  }
+}
+
+// A thread block takes a share (blockIdx.y) of the rows of every gridDim.x-th split list.
+constexpr int kAddThreads = 256, kAddShares = 4;
+__global__ void __launch_bounds__(kAddThreads)
+    selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* num_items,
+                        const int key_tile, const float* partials) {
+  const int dim_qk = p.shape.head_dim_qk, dims = dim_qk + p.shape.head_dim_v, columns = dims / 4;
+  for (int i = blockIdx.x; i < *num_items; i += gridDim.x) {
+    const WorkItem item = items[i];
+    if (item.followers == 0) continue;
+    for (int e = blockIdx.y * kAddThreads + threadIdx.x; e < item.num_keys * columns;
+         e += kAddShares * kAddThreads) {
+      const int key = e / columns, column = (e - key * columns) * 4;
+      const bool is_k = column < dim_qk;
+      float* gradient = static_cast<float*>(is_k ? p.grads.dk : p.grads.dv);
+      if (gradient == nullptr) continue;
+      const float* partial = partials + (int64_t{item.partial} * key_tile + key) * dims + column;
+      float4 sum = *reinterpret_cast<const float4*>(partial);
+#pragma unroll 4
+      for (int piece = 1; piece <= item.followers; ++piece) {
+        partial += int64_t{key_tile} * dims;
+        const float4 next = *reinterpret_cast<const float4*>(partial);
+        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+      }
+      const int64_t row = (int64_t{item.key_row} + key) * p.shape.num_heads_kv + item.head;
+      float4* at = reinterpret_cast<float4*>(
+          gradient + (is_k ? row * dim_qk + column : row * p.shape.head_dim_v + column - dim_qk));
+      const float4 old = *at;
+      *at = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+    }
+  }
+}
+
+}  // namespace
+
+InvertPlan::InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int most_chunk_tokens)
+    : key_tile(key_tile) {
+  const int64_t rows = max64(1, p.seqs.total_q), heads = p.shape.num_heads_kv, n = p.num_selected_blocks;
+  parts = static_cast<int>(p.block_size / key_tile);
+  count_tokens = kTokens;
+  while (ceil_div(rows, count_tokens) > kMaxCounts) count_tokens *= 2;
+  chunk_tokens = count_tokens;
+  while (chunk_tokens * 2 <= most_chunk_tokens) chunk_tokens *= 2;
+  num_blocks = p.seqs.cu_seqlens_k == nullptr
+                   ? ceil_div(min64(p.seqs.max_seqlen_k, p.seqs.key_rows), p.block_size)
+                   : p.seqs.key_rows / p.block_size + p.seqs.batch;
+  num_blocks = max64(1, num_blocks);
+  num_counts = ceil_div(rows, count_tokens);
+  num_chunks = ceil_div(rows, chunk_tokens);
+  const int64_t choices = min64(rows, chunk_tokens) * n;  // of a head in a chunk
+  split = kMaxItemTokens / 2;
+  while (split > 64 && choices * heads / split < kBackwardItems) split /= 2;
+  max_items = parts * heads * (min64(num_blocks, choices) + choices / split);
+  max_partials = parts * heads * (choices / split);
+}
+
+BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& plan, int64_t* bytes) {
+  const int64_t heads = p.shape.num_heads_kv;
+  entries = carve<uint32_t>(p.workspace, heads * p.seqs.total_q * p.num_selected_blocks, bytes);
+  starts = carve<int>(p.workspace, heads * (plan.num_counts + 1) * plan.num_blocks, bytes);
+  bases = carve<int>(p.workspace, heads * plan.num_blocks, bytes);
+  items = carve<WorkItem>(p.workspace, plan.num_chunks * plan.max_items, bytes);
+  num_items = carve<int>(p.workspace, plan.num_chunks, bytes);
+  tickets = carve<int>(p.workspace, kMaxPasses * plan.num_chunks, bytes);
+}
+
+Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
+                     const Stream& stream) {
+  const Inversion x{p.seqs, p.block_size, p.shape.num_heads_kv, p.num_selected_blocks, p.block_indices,
+                    plan,   lists};
+  const unsigned heads = static_cast<unsigned>(p.shape.num_heads_kv);
+  const dim3 sort_grid(static_cast<unsigned>(plan.num_counts), heads,
+                       static_cast<unsigned>(ceil_div(plan.num_blocks, kRange)));
+  Status status =
+      launch("selected_blocks_sort", selected_blocks_sort<false>, sort_grid, kTokens, 0, stream, x);
+  if (!status.ok()) return status;
+  status =
+      launch("selected_blocks_starts", selected_blocks_starts,
+             dim3(static_cast<unsigned>(ceil_div(plan.num_blocks, 32)), heads), 32 * kSegments, 0, stream, x);
+  if (!status.ok()) return status;
+  status = launch("selected_blocks_bases", selected_blocks_bases, dim3(heads), kScanThreads, 0, stream, x);
+  if (!status.ok()) return status;
+  status = launch("selected_blocks_sort", selected_blocks_sort<true>, sort_grid, kTokens, 0, stream, x);
+  if (!status.ok()) return status;
+  return launch("selected_blocks_items", selected_blocks_items, dim3(static_cast<unsigned>(plan.num_chunks)),
+                kScanThreads, 0, stream, x);
+}
+
+Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
+                    int64_t chunk, const float* partials, const Stream& stream) {
+  constexpr unsigned kGrid = 264;
+  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid, kAddShares), kAddThreads, 0, stream,
+                p, lists.items + chunk * plan.max_items, lists.num_items + chunk, plan.key_tile, partials);
+}
+
+}  // namespace nsa::cuda
