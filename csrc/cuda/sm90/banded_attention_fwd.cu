@@ -44,21 +44,24 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   using Config = BandedConfig<kDimQK, kDimV, kTileKeys>;
   static constexpr int kKeys = kTileKeys, kCluster = kClusterBlocks;
   static constexpr int kThreads = (Config::kConsumers + 1) * 128;
-  // An item is overwritten when its fourth successor comes: the producer has then seen the Q of its second
-  // successor released, which happens behind its epilogue.
-  static constexpr int kItemSlots = 4;
+  static constexpr int kItemSlots = 8;
+  // The Q of an item is loaded when the item kStagesQ before it is past its last scores, so that the one
+  // before that is past its epilogue.
+  static constexpr int kItemsInUse = Config::kStagesQ + 1;
   static constexpr int kFullK = 0;
   static constexpr int kEmptyK = kFullK + 8 * Config::kStages;
   static constexpr int kFullV = kEmptyK + 8 * Config::kStages;
   static constexpr int kEmptyV = kFullV + 8 * Config::kStages;
   static constexpr int kFullQ = kEmptyV + 8 * Config::kStages;
-  static constexpr int kEmptyQ = kFullQ + 8 * Config::kConsumers;
-  static constexpr int kItems = kEmptyQ + 8 * Config::kConsumers;
-  static constexpr int kQ = 1024;
+  static constexpr int kEmptyQ = kFullQ + 8 * Config::kStagesQ * Config::kConsumers;
+  static constexpr int kFullItem = kEmptyQ + 8 * Config::kStagesQ * Config::kConsumers;
+  static constexpr int kEmptyItem = kFullItem + 8 * kItemSlots;
+  static constexpr int kItems = kEmptyItem + 8 * kItemSlots;
+  static constexpr int kQ = 2048;
   static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);  // of a warpgroup
   static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
   static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
-  static constexpr int kK = kQ + Config::kConsumers * kBytesQ;
+  static constexpr int kK = kQ + Config::kStagesQ * Config::kConsumers * kBytesQ;
   static constexpr int kV = kK + Config::kStages * kBytesK;
   static constexpr int kBytes = kV + Config::kStages * kBytesV;
   static_assert(kItems + kItemSlots * Config::kConsumers * sizeof(Item) <= kQ);
@@ -69,7 +72,10 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
 struct Visibility {
   int block, stride, window;
 
-  __device__ int end(int t) const { return t + 1 < block ? 0 : (t + 1 - block) / stride + 1; }
+  __device__ int end(int t) const {
+    const int beyond = t + 1 - block;
+    return beyond < 0 ? 0 : (stride == 1 ? beyond : beyond / stride) + 1;
+  }
   __device__ int begin(int t) const { return window <= 0 || t < window ? 0 : end(t - window); }
 };
 
@@ -91,10 +97,10 @@ struct RingPosition {
       : slot(tile % kStages), parity(tile / kStages % 2) {}
 };
 
-// The parts of all consumers of this block; `tile` is of the whole cluster. Returns the number of key tiles.
+// The parts of all consumers of this block; `tile` is of the whole cluster.
 template <typename Layout>
-__device__ __forceinline__ int describe_items(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                              const SequenceTile& tile, int head, int rank, Item* item) {
+__device__ __forceinline__ void describe_items(const BandedAttentionFwdParams& p, const BandedPlan& plan,
+                                               const SequenceTile& tile, int head, int rank, Item* item) {
   constexpr int kKeys = Layout::kKeys;
   const Visibility& visible = plan.visible;
   const int first_row = static_cast<int>(tile.seq.k_begin) / visible.stride;
@@ -127,17 +133,51 @@ __device__ __forceinline__ int describe_items(const BandedAttentionFwdParams& p,
                seen_hi,
                false};
   }
-  return num_tiles;
 }
 
+template <typename Layout>
+__device__ __forceinline__ Item* item_slot(unsigned char* shared, uint32_t slot) {
+  return reinterpret_cast<Item*>(shared + Layout::kItems) + slot * Layout::kConsumers;
+}
+
+// One thread: describes the items of this block, some ahead of those who work on them.
+template <typename Layout>
+__device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, const BandedPlan& plan,
+                                         const uint32_t base, unsigned char* shared) {
+  constexpr int kCluster = Layout::kCluster;
+  const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
+  const int team = blockIdx.x / kCluster, teams = gridDim.x / kCluster;
+  const int heads = p.shape.num_heads_kv, num_items = plan.num_tiles * heads;
+  uint32_t count = 0;
+  const auto publish = [&](auto describe) {
+    const RingPosition<Layout::kItemSlots> ring(count++);
+    ptx::barrier_wait(base + Layout::kEmptyItem + 8 * ring.slot, ring.parity ^ 1);
+    describe(item_slot<Layout>(shared, ring.slot));
+    ptx::barrier_arrive(base + Layout::kFullItem + 8 * ring.slot);
+  };
+#pragma unroll 1
+  for (int round = 0; round * teams < num_items; ++round) {
+    // Back and forth over the blocks, so that none gets the longest of every round.
+    const int k = round * teams + (round & 1 ? teams - 1 - team : team);
+    if (k >= num_items) continue;
+    const int number = k / heads;
+    const SequenceTile tile =
+        find_sequence_tile(p.seqs, plan.num_tiles - 1 - number, plan.part * Layout::kConsumers * kCluster);
+    if (tile.count == 0) continue;
+    publish([&](Item* item) { describe_items<Layout>(p, plan, tile, k - number * heads, rank, item); });
+  }
+  publish([](Item* item) {
+#pragma unroll 1
+    for (int w = 0; w < Layout::kConsumers; ++w) item[w].stop = true;
+  });
+}
+
+// One thread: loads Q, K and V of the items.
 template <int kDimQK, int kDimV, typename Layout>
-__device__ __forceinline__ void produce(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                        const uint32_t base, unsigned char* shared) {
+__device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base, unsigned char* shared) {
   constexpr int kKeys = Layout::kKeys, kStages = Layout::kStages, kConsumers = Layout::kConsumers;
   constexpr int kCluster = Layout::kCluster, kShare = kKeys / kCluster;
   const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
-  const int num_items = plan.num_tiles * p.shape.num_heads_kv;
-  uint32_t count = 0, tiles = 0;  // items and key tiles so far
 
   // This block's share of a tile of keys or values, for all blocks of the cluster.
   const auto load_keys = [&](uint32_t target, const CUtensorMap& map, uint32_t barrier, int dim, int head,
@@ -153,63 +193,56 @@ __device__ __forceinline__ void produce(const BandedAttentionFwdParams& p, const
       }
     }
   };
-  const auto wait_for_queries = [&] {  // until those of the last item are used up
+  // Behind the last item there is nothing to load: the consumers are woken.
+  const auto load_queries = [&](uint32_t count, const Item* item) {
+    const RingPosition<Layout::kStagesQ> ring(count);
 #pragma unroll 1
-    for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
-  };
-  const auto item_of = [&](uint32_t which) {
-    return reinterpret_cast<Item*>(shared + Layout::kItems) + which % Layout::kItemSlots * kConsumers;
+    for (int w = 0; w < kConsumers; ++w) {
+      const uint32_t which = ring.slot * kConsumers + w, full_q = base + Layout::kFullQ + 8 * which;
+      ptx::barrier_wait(base + Layout::kEmptyQ + 8 * which, ring.parity ^ 1);
+      if (item[w].stop) {
+        ptx::barrier_arrive(full_q);
+        continue;
+      }
+      ptx::barrier_arrive_expect(full_q, plan.part * plan.group * kDimQK * 2);
+#pragma unroll 1
+      for (int panel = 0; panel < kDimQK / kPanel; ++panel) {
+        ptx::bulk_load_3d(base + Layout::kQ + which * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch,
+                          &plan.q, full_q, panel * kPanel, item[w].head * plan.group,
+                          static_cast<int>(item[w].row));
+      }
+    }
+    if (count >= Layout::kItemsInUse) {
+      const RingPosition<Layout::kItemSlots> done(count - Layout::kItemsInUse);
+      ptx::barrier_arrive(base + Layout::kEmptyItem + 8 * done.slot);
+    }
   };
 
-  const int team = blockIdx.x / kCluster, teams = gridDim.x / kCluster;
+  uint32_t tiles = 0;  // key tiles so far
 #pragma unroll 1
-  for (int round = 0; round * teams < num_items; ++round) {
-    // Back and forth over the blocks, so that none gets the longest of every round.
-    const int k = round * teams + (round & 1 ? teams - 1 - team : team);
-    if (k >= num_items) continue;
-    const int tile_number = k / p.shape.num_heads_kv, head = k - tile_number * p.shape.num_heads_kv;
-    Item* const item = item_of(count);
-    int key_tiles;
-    {
-      const SequenceTile tile =
-          find_sequence_tile(p.seqs, plan.num_tiles - 1 - tile_number, plan.part * kConsumers * kCluster);
-      if (tile.count == 0) continue;
-      key_tiles = describe_items<Layout>(p, plan, tile, head, rank, item);
+  for (uint32_t count = 0;; ++count) {
+    const RingPosition<Layout::kItemSlots> place(count);
+    ptx::barrier_wait(base + Layout::kFullItem + 8 * place.slot, place.parity);
+    const Item* const item = item_slot<Layout>(shared, place.slot);
+    if (item->stop) {
+      load_queries(count, item);
+      return;
     }
-    int row = item->first_row + item->bottom + (key_tiles - 1) * kKeys;  // of K and V
+    const int head = item->head, num_tiles = item->num_tiles;
+    int row = item->first_row + item->bottom + (num_tiles - 1) * kKeys;  // of K and V
 #pragma unroll 1
-    for (int i = 0; i < key_tiles; ++i, row -= kKeys, ++tiles) {
+    for (int i = 0; i < num_tiles; ++i, row -= kKeys, ++tiles) {
       const RingPosition<kStages> ring(tiles);
       const uint32_t full_k = base + Layout::kFullK + 8 * ring.slot,
                      full_v = base + Layout::kFullV + 8 * ring.slot;
       ptx::barrier_wait(base + Layout::kEmptyK + 8 * ring.slot, ring.parity ^ 1);
       ptx::barrier_arrive_expect(full_k, Layout::kBytesK);
       load_keys(base + Layout::kK + ring.slot * Layout::kBytesK, plan.k, full_k, kDimQK, head, row);
-      if (i == 0) {
-        wait_for_queries();
-#pragma unroll 1
-        for (int w = 0; w < kConsumers; ++w) {
-          const uint32_t full_q = base + Layout::kFullQ + 8 * w;
-          ptx::barrier_arrive_expect(full_q, plan.part * plan.group * kDimQK * 2);
-#pragma unroll 1
-          for (int panel = 0; panel < kDimQK / kPanel; ++panel) {
-            ptx::bulk_load_3d(base + Layout::kQ + w * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch,
-                              &plan.q, full_q, panel * kPanel, head * plan.group,
-                              static_cast<int>(item[w].row));
-          }
-        }
-      }
+      if (i == 0) load_queries(count, item);
       ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
       ptx::barrier_arrive_expect(full_v, Layout::kBytesV);
       load_keys(base + Layout::kV + ring.slot * Layout::kBytesV, plan.v, full_v, kDimV, head, row);
     }
-    ++count;
-  }
-  wait_for_queries();
-#pragma unroll 1
-  for (int w = 0; w < kConsumers; ++w) {
-    item_of(count)[w].stop = true;
-    ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
   }
 }
 
@@ -288,16 +321,10 @@ __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, in
 
 template <typename T, int kDimQK, int kDimV, typename Layout>
 __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                        const uint32_t base, const unsigned char* shared,
-                                        const int consumer) {
+                                        const uint32_t base, unsigned char* shared, const int consumer) {
   constexpr int kKeys = Layout::kKeys, kCluster = Layout::kCluster;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int row0 = thread / 32 * 16 + lane / 4;
-  const volatile Item* const items =
-      reinterpret_cast<const volatile Item*>(shared + Layout::kItems) + consumer;
-  const uint32_t q = base + Layout::kQ + consumer * Layout::kBytesQ;
-  const uint32_t full_q = base + Layout::kFullQ + 8 * consumer,
-                 empty_q = base + Layout::kEmptyQ + 8 * consumer;
   // Lane i of every warp tells block i of the cluster that a slot is free.
   const uint32_t told = kCluster > 1 ? ptx::cluster_address(base, lane % kCluster) : base;
   using Ring = RingPosition<Layout::kStages>;
@@ -321,7 +348,21 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   uint32_t tiles = 0;  // key tiles so far: the scores of the latest are in s, its values come next
 
   const auto item_of = [&](uint32_t which) -> const volatile Item& {
-    return items[which % Layout::kItemSlots * Layout::kConsumers];
+    return item_slot<Layout>(shared, which % Layout::kItemSlots)[consumer];
+  };
+  // Where the Q of the item with this number lies among all Q and their barriers.
+  const auto q_slot = [&](uint32_t which) {
+    return RingPosition<Layout::kStagesQ>(which).slot * Layout::kConsumers + consumer;
+  };
+  const auto q_tile = [&](uint32_t which) {
+    return base + Layout::kQ + uniform(q_slot(which)) * Layout::kBytesQ;
+  };
+  const auto wait_for_queries = [&](uint32_t which) {
+    ptx::barrier_wait(base + Layout::kFullQ + 8 * q_slot(which),
+                      RingPosition<Layout::kStagesQ>(which).parity);
+  };
+  const auto release_queries = [&](bool last) {
+    ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * q_slot(count), last && lane == 0);
   };
   // Key tiles of an item are numbered from the oldest, 0, to the newest, where the work begins.
   const auto mask = [&](int key_tile) {
@@ -345,12 +386,12 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
   };
 
-  ptx::barrier_wait(full_q, 0);
+  wait_for_queries(0);
   bool stop = item_of(0).stop;
   if (!stop) {
     wait_for_keys(Ring(0));
     ptx::wgmma_fence();
-    multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(0)));
+    multiply_scores<T, kDimQK, kKeys>(s, q_tile(0), k_tile(Ring(0)));
     ptx::wgmma_wait<0>();
     ptx::pin_registers(s);
   }
@@ -360,7 +401,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     release(Layout::kEmptyK, Ring(tiles));
     int left = item_of(count).num_tiles - 1;
     bool started = false;  // o holds something
-    ptx::barrier_arrive_if(empty_q, lane == 0 && left == 0);
+    release_queries(left == 0);
     rows.clear();
     mask(left);
     softmax_update(s, rows, plan.scale);
@@ -371,13 +412,13 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
       wait_for_keys(Ring(tiles + 1));
       --left;
       ptx::wgmma_fence();
-      multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(tiles + 1)));
+      multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
       multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
       started = true;
       ptx::wgmma_wait<1>();
       ptx::pin_registers(s);
       release(Layout::kEmptyK, Ring(tiles + 1));
-      ptx::barrier_arrive_if(empty_q, lane == 0 && left == 0);
+      release_queries(left == 0);
       mask(left);
       const bool rescale = softmax_update(s, rows, plan.scale);
       if (left > 0 && rows.sum[0] + rows.sum[1] >= 0.f) wait_for_keys(Ring(tiles + 2));
@@ -392,20 +433,22 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
 
     wait_for_values(Ring(tiles), 0);
+    ptx::wgmma_fence();
+    multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
     ++count;
-    ptx::barrier_wait(full_q, count & 1);
+    wait_for_queries(count);
     stop = item_of(count).stop;
     if (!stop) wait_for_keys(Ring(tiles + 1));
     // Behind the last item, these scores are of stale keys, and nobody reads them.
     ptx::wgmma_fence();
-    multiply_scores<T, kDimQK, kKeys>(s, q, k_tile(Ring(tiles + 1)));
-    multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(s);
+    multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
+    ptx::wgmma_wait<1>();
     ptx::pin_registers(o);
     release(Layout::kEmptyV, Ring(tiles));
     ++tiles;
     store_rows<T, kDimV>(p, plan.group, item_of(count - 1), o, rows, row0, lane);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(s);
   }
 }
 
@@ -425,9 +468,13 @@ __global__ void __cluster_dims__(kCluster)
       ptx::barrier_init(base + Layout::kEmptyK + 8 * i, kWarps * kCluster);
       ptx::barrier_init(base + Layout::kEmptyV + 8 * i, kWarps * kCluster);
     }
-    for (int i = 0; i < Layout::kConsumers; ++i) {
+    for (int i = 0; i < Layout::kStagesQ * Layout::kConsumers; ++i) {
       ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
       ptx::barrier_init(base + Layout::kEmptyQ + 8 * i, 4);
+    }
+    for (int i = 0; i < Layout::kItemSlots; ++i) {
+      ptx::barrier_init(base + Layout::kFullItem + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyItem + 8 * i, 1);
     }
     ptx::barrier_init_fence();
   }
@@ -436,7 +483,8 @@ __global__ void __cluster_dims__(kCluster)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == Layout::kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) produce<kDimQK, kDimV, Layout>(p, plan, base, shared);
+    if (threadIdx.x % 128 == 0) load<kDimQK, kDimV, Layout>(plan, base, shared);
+    if (threadIdx.x % 128 == 32) schedule<Layout>(p, plan, base, shared);
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV, Layout>(p, plan, base, shared, warpgroup);

@@ -7,7 +7,10 @@ namespace nsa::cuda::sm90 {
 // and probabilities are (kKeys + kKeys / 2 + kDimV) / 2 of the 232 registers.
 template <int kDimQK, int kDimV, int kKeys>
 struct BandedConfig {
-  static constexpr int kStages = 2;  // with 176 keys of (128, 128) and Q, they fill the 227 KB of an SM
+  static constexpr int kStages = 2;
+  // Twice, so that the next item's Q is there in time; 176 keys of (128, 128) and 128 of (192, 128) leave
+  // room for one in the 227 KB of an SM.
+  static constexpr int kStagesQ = kKeys * (kDimQK + kDimV) > 128 * 256 ? 1 : 2;
   static constexpr int kConsumers = 2;
   static constexpr int kProducerRegisters = 40;  // 24 spilled
   static constexpr int kConsumerRegisters = 232;
