@@ -7,9 +7,8 @@
 namespace nsa::cuda::sm90 {
 namespace {
 
-// Scores that select_blocks keeps at a time: this many bytes, or those of kMinChunk queries.
-constexpr int64_t kChunkBytes = 128ll << 20;
-constexpr int64_t kMinChunk = 4096;
+// Blocks of a launch at most: the SMs of a GPU. The selection keeps the scores of two items of each.
+constexpr int64_t kMaxBlocks = 132;
 
 int log2_of(int64_t x) {
   int log2 = 0;
@@ -67,7 +66,7 @@ bool with_task(const BlockScoresParams& p, F&& f) {
     task.per_block_log2 = task.block_log2 - task.stride_log2;
     task.before = static_cast<int>(l / d) - 1;
     task.common_weights = task.before == 1 && task.per_block_log2 == 2;
-    task.num_tiles = num_sequence_tiles(p.seqs, task.tokens);
+    task.num_tiles = static_cast<int>(num_sequence_tiles(p.seqs, task.tokens));
     return f.template operator()<T, Tile>(task);
   });
 }
@@ -84,28 +83,19 @@ bool make_maps(const BlockScoresParams& p, TensorMaps* maps) {
                          kScoresKeys, 1);
 }
 
+int64_t num_blocks(const ScoresTask& task) {
+  return min64(static_cast<int64_t>(task.num_tiles) * task.params.shape.num_heads_kv, kMaxBlocks);
+}
+
 template <typename T, typename Tile>
 Status launch_scores(const ScoresTask& task, const TensorMaps& maps, const Stream& stream) {
-  const int64_t items = task.num_tiles * task.params.shape.num_heads_kv,
-                blocks = min64(items, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t blocks = min64(num_blocks(task), device_attribute(cudaDevAttrMultiProcessorCount));
   return launch("block_scores_sm90", block_scores_sm90<T, Tile>, dim3(static_cast<unsigned>(blocks)),
                 Tile::kThreads, Tile::kSharedBytes, stream, task, maps.q, maps.k);
 }
 
 // Rows of scores in the workspace begin at a multiple of 16 bytes.
 int64_t scores_pitch(const SelectBlocksParams& p) { return round_up(max64(p.scoring.num_blocks, 1), 4); }
-
-int64_t tile_bytes(const SelectBlocksParams& p, const ScoresTask& task) {
-  return task.tokens * p.scoring.shape.num_heads_kv * scores_pitch(p) * static_cast<int64_t>(sizeof(float));
-}
-
-// A chunk that fills a GPU of 132 SMs evenly.
-int64_t chunk_tiles(const SelectBlocksParams& p, const ScoresTask& task) {
-  constexpr int64_t kBlocks = 132;
-  const int64_t heads = p.scoring.shape.num_heads_kv,
-                wanted = max64(kChunkBytes / tile_bytes(p, task), ceil_div(kMinChunk, task.tokens));
-  return min64(max64(round_up(wanted * heads, kBlocks) / heads, 1), task.num_tiles);
-}
 
 }  // namespace
 
@@ -123,7 +113,7 @@ bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* stat
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   int64_t bytes = 0;
   with_task(p.scoring, [&]<typename T, typename Tile>(const ScoresTask& task) {
-    bytes = chunk_tiles(p, task) * tile_bytes(p, task);
+    bytes = num_blocks(task) * 2 * task.tokens * scores_pitch(p) * static_cast<int64_t>(sizeof(float));
     return true;
   });
   return bytes;
@@ -134,20 +124,13 @@ bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* st
   return with_task(p.scoring, [&]<typename T, typename Tile>(ScoresTask task) {
     TensorMaps maps;
     if (!make_maps<Tile>(p.scoring, &maps)) return false;
-    const int64_t num_tiles = task.num_tiles, chunk = chunk_tiles(p, task);
     task.scores = static_cast<float*>(p.workspace);
     task.pitch = scores_pitch(p);
-    task.by_tile = true;
-    task.unwanted_blocks = p.num_local_blocks;
-    task.enough_blocks = p.num_selected_blocks;
-    for (task.first_tile = 0; task.first_tile < num_tiles && status->ok(); task.first_tile += chunk) {
-      task.num_tiles = min64(chunk, num_tiles - task.first_tile);
-      *status = launch_scores<T, Tile>(task, maps, stream);
-      if (status->ok()) {
-        *status =
-            launch_choice({p, task.scores, task.pitch, task.first_tile, task.num_tiles, task.tokens}, stream);
-      }
-    }
+    task.block_indices = p.block_indices;
+    task.num_selected = p.num_selected_blocks;
+    task.num_initial = p.num_initial_blocks;
+    task.num_local = p.num_local_blocks;
+    *status = launch_scores<T, Tile>(task, maps, stream);
     return true;
   });
 }

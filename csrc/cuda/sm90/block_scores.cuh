@@ -14,6 +14,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/block_scores.h"
+#include "cuda/sm90/choose_blocks.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
 
@@ -43,8 +44,11 @@ struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
     uint64_t q_full[Config::kConsumers], q_empty[Config::kConsumers];
     uint64_t k_full[Config::kStages], k_empty[Config::kStages];
     uint64_t rows_full[2], rows_empty[2];
+    uint64_t scores_full[2], scores_empty[2];
+    Candidates candidates[kChoiceWarps];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= 227 * 1024);
 };
 
 // A place in a ring of kSlots, and the parity of the lap.
@@ -60,39 +64,34 @@ struct RingPlace {
 // Tokens of one sequence, one KV head, and the key tiles that they need.
 struct ScoresItem {
   SequenceTile tile;
-  int64_t number;  // of the tile in this launch
   int head, num_keys, num_tiles;
 };
 
 __device__ __forceinline__ ScoresItem scores_item(const ScoresTask& task, int index) {
   const BlockScoresParams& p = task.params;
   ScoresItem item;
-  item.number = task.num_tiles - 1 - index / p.shape.num_heads_kv;
   item.head = index % p.shape.num_heads_kv;
-  item.tile = find_sequence_tile(p.seqs, task.first_tile + item.number, task.tokens);
+  item.tile = find_sequence_tile(p.seqs, task.num_tiles - 1 - index / p.shape.num_heads_kv, task.tokens);
   item.num_keys = static_cast<int>(count_keys(p.seqs, item.tile.seq, p.keys));
   item.num_tiles = 0;
   const int last = static_cast<int>(item.tile.seq.position(item.tile.begin + item.tile.count - 1));
   if (item.tile.count == 0 || last < 0) return item;
   const int blocks = min((last >> task.block_log2) + 1, static_cast<int>(p.num_blocks));
-  if (blocks <= task.enough_blocks) return item;
-  item.num_tiles =
-      ((blocks - task.unwanted_blocks) * (1 << task.per_block_log2) + kScoresKeys - 1) / kScoresKeys;
+  if (blocks <= task.num_selected) return item;
+  item.num_tiles = ((blocks - task.num_local) * (1 << task.per_block_log2) + kScoresKeys - 1) / kScoresKeys;
   return item;
 }
 
 // The items of this block, in snake order over items that get shorter.
 template <typename Visit>
 __device__ __forceinline__ void for_each_item(const ScoresTask& task, const Visit& visit) {
-  const int total = static_cast<int>(task.num_tiles) * task.params.shape.num_heads_kv;
+  const int total = task.num_tiles * task.params.shape.num_heads_kv;
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   bool backwards = false;
 #pragma unroll 1
   for (int begin = 0; begin < total; begin += grid, backwards = !backwards) {
     const int index = begin + (backwards ? grid - 1 - block : block);
-    if (index >= total) continue;
-    const ScoresItem item = scores_item(task, index);
-    if (item.num_tiles > 0) visit(item);
+    if (index < total) visit(scores_item(task, index));
   }
 }
 
@@ -101,6 +100,7 @@ __device__ __forceinline__ void produce_keys(const ScoresTask& task, const CUten
                                              typename Tile::Shared& shared) {
   RingPlace<Tile::kStages> place;
   for_each_item(task, [&](const ScoresItem& item) {
+    if (item.num_tiles == 0) return;
     int row = static_cast<int>(task.params.keys.first_row(item.tile.seq.k_begin));
 #pragma unroll 1
     for (int i = 0; i < item.num_tiles; ++i, row += kScoresKeys, place.next()) {
@@ -115,65 +115,76 @@ __device__ __forceinline__ void produce_keys(const ScoresTask& task, const CUten
   });
 }
 
+// By one thread.
 template <typename Tile>
-__device__ __forceinline__ void produce_queries(const ScoresTask& task, const CUtensorMap* map,
-                                                typename Tile::Shared& shared) {
-  uint32_t parity = 1;
-  for_each_item(task, [&](const ScoresItem& item) {
+__device__ __forceinline__ void load_queries(const ScoresTask& task, const ScoresItem& item,
+                                             const CUtensorMap* map, typename Tile::Shared& shared,
+                                             uint32_t parity) {
 #pragma unroll 1
-    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-      const uint32_t full = ptx::shared_address(&shared.q_full[consumer]);
-      const int team = consumer / task.passes, pass = consumer - team * task.passes;
-      const int row = static_cast<int>(item.tile.seq.q_begin) + item.tile.begin + team * Tile::kTokens;
-      ptx::barrier_wait(ptx::shared_address(&shared.q_empty[consumer]), parity);
-      ptx::barrier_arrive_expect(full, sizeof(shared.q[0]));
-      const uint32_t q = ptx::shared_address(shared.q[consumer]);
+  for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+    const uint32_t full = ptx::shared_address(&shared.q_full[consumer]);
+    const int team = consumer / task.passes, pass = consumer - team * task.passes;
+    const int row = static_cast<int>(item.tile.seq.q_begin) + item.tile.begin + team * Tile::kTokens;
+    ptx::barrier_wait(ptx::shared_address(&shared.q_empty[consumer]), parity);
+    ptx::barrier_arrive_expect(full, sizeof(shared.q[0]));
+    const uint32_t q = ptx::shared_address(shared.q[consumer]);
 #pragma unroll
-      for (int panel = 0; panel < Tile::kDim / kPanel; ++panel) {
-        ptx::bulk_load_4d(q + panel * kScoresColumns * kPanelPitch, map, full, panel * kPanel, row,
-                          pass * Tile::kHeads, item.head);
-      }
+    for (int panel = 0; panel < Tile::kDim / kPanel; ++panel) {
+      ptx::bulk_load_4d(q + panel * kScoresColumns * kPanelPitch, map, full, panel * kPanel, row,
+                        pass * Tile::kHeads, item.head);
     }
-    parity ^= 1;
-  });
+  }
 }
 
 // By one warp.
 template <typename Tile>
-__device__ __forceinline__ void produce_rows(const ScoresTask& task, typename Tile::Shared& shared,
-                                             int lane) {
+__device__ __forceinline__ void fill_rows(const ScoresTask& task, const ScoresItem& item,
+                                          typename Tile::Rows& rows, int lane) {
   const BlockScoresParams& p = task.params;
   const int group = p.shape.group();
+  const float* lse = static_cast<const float*>(p.lse) +
+                     (item.tile.seq.q_begin + item.tile.begin) * p.shape.num_heads_q + item.head * group;
+#pragma unroll 1
+  for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+    const int team = consumer / task.passes, pass = consumer - team * task.passes;
+#pragma unroll
+    for (int i = 0; i < kScoresColumns / 32; ++i) {
+      const int column = i * 32 + lane, token = team * Tile::kTokens + column % Tile::kTokens,
+                member = pass * Tile::kHeads + column / Tile::kTokens;
+      float value = member < group ? 0.f : __int_as_float(0xff800000);
+      if (member < group && token < item.tile.count)
+        value = lse[static_cast<int64_t>(token) * p.shape.num_heads_q + member] * -1.4426950408889634f;
+      rows.minus_lse[consumer][column % 8 / 2 * Tile::kLsePitch + column / 8 * 2 + column % 2] = value;
+    }
+  }
+#pragma unroll 1
+  for (int token = lane; token < task.tokens; token += 32) {
+    const int t = static_cast<int>(item.tile.seq.position(item.tile.begin + token));
+    const bool valid = token < item.tile.count && t >= 0;
+    const int seen = t + 1 - static_cast<int>(p.keys.block);
+    rows.end[token] = valid && seen >= 0 ? min((seen >> task.stride_log2) + 1, item.num_keys) : 0;
+    rows.last[token] =
+        valid ? min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1) - task.num_local : -1;
+  }
+}
+
+// By one warp. Rows lie two items ahead, so they never keep the queries waiting.
+template <typename Tile>
+__device__ __forceinline__ void produce_queries(const ScoresTask& task, const CUtensorMap* map,
+                                                typename Tile::Shared& shared, int lane) {
+  uint32_t q_parity = 1;
   RingPlace<2> place;
   for_each_item(task, [&](const ScoresItem& item) {
-    typename Tile::Rows& rows = shared.rows[place.slot];
+    if (item.num_tiles == 0) return;
     ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
-    const float* lse = static_cast<const float*>(p.lse) +
-                       (item.tile.seq.q_begin + item.tile.begin) * p.shape.num_heads_q + item.head * group;
-#pragma unroll 1
-    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-      const int team = consumer / task.passes, pass = consumer - team * task.passes;
-#pragma unroll
-      for (int i = 0; i < kScoresColumns / 32; ++i) {
-        const int column = i * 32 + lane, token = team * Tile::kTokens + column % Tile::kTokens,
-                  member = pass * Tile::kHeads + column / Tile::kTokens;
-        float value = member < group ? 0.f : __int_as_float(0xff800000);
-        if (member < group && token < item.tile.count)
-          value = lse[static_cast<int64_t>(token) * p.shape.num_heads_q + member] * -1.4426950408889634f;
-        rows.minus_lse[consumer][column % 8 / 2 * Tile::kLsePitch + column / 8 * 2 + column % 2] = value;
-      }
-    }
-#pragma unroll 1
-    for (int token = lane; token < task.tokens; token += 32) {
-      const int t = static_cast<int>(item.tile.seq.position(item.tile.begin + token));
-      const bool valid = token < item.tile.count && t >= 0;
-      const int seen = t + 1 - static_cast<int>(p.keys.block);
-      rows.end[token] = valid && seen >= 0 ? min((seen >> task.stride_log2) + 1, item.num_keys) : 0;
-      rows.last[token] =
-          valid ? min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1) - task.unwanted_blocks : -1;
+    fill_rows<Tile>(task, item, shared.rows[place.slot], lane);
+    __syncwarp();
+    if (lane == 0) {
+      ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
+      load_queries<Tile>(task, item, map, shared, q_parity);
     }
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
+    q_parity ^= 1;
     place.next();
   });
 }
@@ -215,7 +226,8 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
   const int lane = thread & 31, warp = thread >> 5, quad = lane >> 2, column = lane & 3;
   const int team = consumer / task.passes;
   const float scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
-  const int64_t stride = p.shape.num_heads_kv * task.pitch;
+  const bool choose = task.block_indices != nullptr;
+  const int64_t stride = (choose ? 1 : p.shape.num_heads_kv) * task.pitch;
   const uint32_t q = ptx::shared_address(shared.q[consumer]);
   RingPlace<Tile::kStages> place;
   RingPlace<2> rows_place;
@@ -223,11 +235,17 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
   int slot = 0;  // of sums
 
   for_each_item(task, [&](const ScoresItem& item) {
+    if (item.num_tiles == 0) return;
     const typename Tile::Rows& rows = shared.rows[rows_place.slot];
-    const int64_t first_row =
-        (task.by_tile ? item.number * task.tokens : item.tile.seq.q_begin + item.tile.begin) +
-        team * Tile::kTokens;
-    float* out = task.scores + (first_row * p.shape.num_heads_kv + item.head) * task.pitch;
+    const int first_token = team * Tile::kTokens;
+    float* out = task.scores;
+    if (choose) {
+      out += ((blockIdx.x * 2 + rows_place.slot) * task.tokens + first_token) * task.pitch;
+      ptx::barrier_wait(ptx::shared_address(&shared.scores_empty[rows_place.slot]), rows_place.parity ^ 1);
+    } else {
+      out += ((item.tile.seq.q_begin + item.tile.begin + first_token) * p.shape.num_heads_kv + item.head) *
+             task.pitch;
+    }
     float halo[kOctets][2] = {};  // warp 3: its last eight keys of the tile before
     ptx::barrier_wait(ptx::shared_address(&shared.rows_full[rows_place.slot]), rows_place.parity);
     ptx::barrier_wait(ptx::shared_address(&shared.q_full[consumer]), q_parity);
@@ -285,8 +303,54 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
                          thread);
       slot ^= 1;
     }
-    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
+    __syncwarp();
+    if (lane == 0) {
+      ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
+      ptx::barrier_arrive(ptx::shared_address(&shared.scores_full[rows_place.slot]));
+    }
     rows_place.next();
+  });
+}
+
+// By kChoiceWarps warps, kChoiceRows queries each.
+template <typename Tile>
+__device__ __forceinline__ void choose(const ScoresTask& task, typename Tile::Shared& shared, int warp,
+                                       int lane) {
+  const BlockScoresParams& p = task.params;
+  const ChoiceCounts counts{task.num_selected, task.num_initial, task.num_local};
+  const int64_t out_pitch = static_cast<int64_t>(p.shape.num_heads_kv) * task.num_selected;
+  Candidates& kept = shared.candidates[warp];
+  RingPlace<2> place;
+  for_each_item(task, [&](const ScoresItem& item) {
+    const bool scored = item.num_tiles > 0;
+    if (scored) ptx::barrier_wait(ptx::shared_address(&shared.scores_full[place.slot]), place.parity);
+    const float* scores = task.scores + (blockIdx.x * 2 + place.slot) * task.tokens * task.pitch;
+    int32_t* out =
+        task.block_indices +
+        ((item.tile.seq.q_begin + item.tile.begin) * p.shape.num_heads_kv + item.head) * task.num_selected;
+    const int first_position = static_cast<int>(item.tile.seq.position(item.tile.begin));
+    const auto own_block = [&](int token) {
+      const int t = first_position + token;
+      return t < 0 ? -1 : min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1);
+    };
+#pragma unroll 1
+    for (int token = warp * kChoiceRows; token < item.tile.count; token += kChoiceWarps * kChoiceRows) {
+      const int end = min(token + kChoiceRows, item.tile.count), own = own_block(token);
+      if (end - token == kChoiceRows && own_block(end - 1) == own) {
+        choose_blocks<kChoiceRows>(scores + token * task.pitch, task.pitch, own, counts,
+                                   out + token * out_pitch, out_pitch, kept, lane);
+        continue;
+      }
+#pragma unroll 1
+      for (int i = token; i < end; ++i) {
+        choose_blocks<1>(scores + i * task.pitch, task.pitch, own_block(i), counts, out + i * out_pitch,
+                         out_pitch, kept, lane);
+      }
+    }
+    if (!scored) return;
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.scores_empty[place.slot]));
+    place.next();
   });
 }
 
@@ -310,6 +374,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(ptx::shared_address(&shared.rows_full[i]), 1);
       ptx::barrier_init(ptx::shared_address(&shared.rows_empty[i]), 4 * Tile::kConsumers);
+      ptx::barrier_init(ptx::shared_address(&shared.scores_full[i]), 4 * Tile::kConsumers);
+      ptx::barrier_init(ptx::shared_address(&shared.scores_empty[i]), kChoiceWarps);
     }
     ptx::barrier_init_fence();
   }
@@ -321,12 +387,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   __syncthreads();
 
-  if (warpgroup == Tile::kConsumers) {
-    ptx::release_registers<Tile::kProducerRegisters>();
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  if (warpgroup >= Tile::kConsumers) {
+    ptx::release_registers<Tile::kOtherRegisters>();
+    const int warp = threadIdx.x / 32 - Tile::kConsumers * 4, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) produce_keys<Tile>(task, &k_map, shared);
-    if (warp == 1 && lane == 0) produce_queries<Tile>(task, &q_map, shared);
-    if (warp == 2) produce_rows<Tile>(task, shared, lane);
+    if (warp == 1) produce_queries<Tile>(task, &q_map, shared, lane);
+    if (warp >= 2 && task.block_indices != nullptr) choose<Tile>(task, shared, warp - 2, lane);
   } else {
     ptx::claim_registers<Tile::kConsumerRegisters>();
     consume<T, Tile>(task, shared, warpgroup, threadIdx.x % 128);

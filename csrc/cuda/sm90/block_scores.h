@@ -22,34 +22,27 @@ struct ScoresConfig {
                                                    : kHeads == 4 ? 3
                                                                  : 2) +
                                                       (kDim == 64 && kHeads < 8);
-  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && kHeads != 8 ? 4 : 3;
+  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && (kHeads == 16 || kHeads == 2) ? 4 : 3;
   // The pool is what the launch gives to each thread, times the threads.
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 152 : 216;
-  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 144 : 208;
+  static constexpr int kOtherRegisters = kConsumers == 4 ? 64 : 80;
 };
+
+// Warps that choose blocks from the scores of one item while the next is scored.
+constexpr int kChoiceWarps = 2;
 
 struct ScoresTask {
   BlockScoresParams params;
-  float* scores;  // [row, Hkv, pitch]
+  float* scores;  // [T, Hkv, pitch], or for a choice [block][2][token][pitch] with a pitch of whole 16 bytes
   int64_t pitch;
-  int64_t first_tile, num_tiles;
-  bool by_tile;         // rows are counted from first_tile on (a workspace), else by token
+  int num_tiles;
   bool common_weights;  // l / d = 2, l' / d = 4: weights 1, 2, 2, 2, 1
   int tokens, passes;   // of a block; warpgroups of a team
   int block_log2, stride_log2, per_block_log2;
-  int before;  // l / d - 1
-  // The selection takes the last blocks of a query unseen, and all of a query that has few.
-  int unwanted_blocks, enough_blocks;
+  int before;              // l / d - 1
+  int32_t* block_indices;  // [T, Hkv, n], or null: only scores are wanted
+  // A choice takes the last (local) blocks of a query unseen, and all blocks of a query that has few.
+  int num_selected, num_initial, num_local;
 };
-
-struct ChoiceTask {
-  SelectBlocksParams params;
-  const float* scores;  // [row, Hkv, pitch], of which pitch is a multiple of 4
-  int64_t pitch;
-  int64_t first_tile, num_tiles;
-  int tokens;  // of a tile
-};
-
-Status launch_choice(const ChoiceTask& task, const Stream& stream);
 
 }  // namespace nsa::cuda::sm90

@@ -1,0 +1,267 @@
+// The choice of the best selection blocks of a query from their scores, by one warp, for several queries at a
+// time, so that it waits less.
+//
+// The k-th largest of the maxima over disjoint parts of a row is a lower bound of its k-th largest score. Few
+// candidates reach it; they are compacted in order and ranked by counting who is ahead, equal scores by their
+// place. Where many reach it, a binary search over the bits of the scores finds the k-th largest.
+#pragma once
+
+#include <cstdint>
+
+namespace nsa::cuda::sm90 {
+
+constexpr int kChoiceRows = 4;      // queries that a warp works on at a time
+constexpr int kMaxRanked = 64;      // candidates of one of them
+constexpr int kMaxLaneChoice = 24;  // blocks to choose for which 32 maxima are a good bound
+constexpr int kChunk = 128;         // scores that a warp reads at a time, four a lane
+
+struct Candidates {
+  int key[kChoiceRows * kMaxRanked], index[kChoiceRows * kMaxRanked];
+};
+
+// Scores are sums of exponentials, never negative: their bits compare like themselves. A NaN with a sign
+// counts as zero.
+__device__ __forceinline__ int score_key(float score) { return max(__float_as_int(score), 0); }
+
+// The candidates of kRows queries: scores [begin, end) of each. A key of -1 is none.
+template <int kRows>
+struct ScoreRows {
+  const float* scores;
+  int64_t pitch;
+  int begin, end;
+
+  __device__ __forceinline__ int first_chunk() const { return begin & ~(kChunk - 1); }
+  __device__ __forceinline__ int key(int i) const {
+    return i >= begin && i < end ? score_key(scores[i]) : -1;
+  }
+  // This lane's four of a chunk, of each row.
+  __device__ __forceinline__ void keys(int chunk, int lane, int (&out)[kRows][4]) const {
+    const int i = chunk + 4 * lane;
+    float4 four[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      four[r] = i < end ? *reinterpret_cast<const float4*>(scores + r * pitch + i) : make_float4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      out[r][0] = i >= begin && i < end ? score_key(four[r].x) : -1;
+      out[r][1] = i + 1 >= begin && i + 1 < end ? score_key(four[r].y) : -1;
+      out[r][2] = i + 2 >= begin && i + 2 < end ? score_key(four[r].z) : -1;
+      out[r][3] = i + 3 >= begin && i + 3 < end ? score_key(four[r].w) : -1;
+    }
+  }
+};
+
+// The largest v for which at least k of the values (count_reaching(v) counts those >= v) reach it.
+template <typename Count>
+__device__ __forceinline__ int kth_largest(int k, const Count& count_reaching) {
+  int v = 0;
+#pragma unroll 1
+  for (int bit = 30; bit >= 0; --bit) {
+    const int trial = v | 1 << bit;
+    if (count_reaching(trial) >= k) v = trial;
+  }
+  return v;
+}
+
+// Sorts one value per lane in descending order, for each row.
+template <int kRows>
+__device__ __forceinline__ void sort_lanes(int (&value)[kRows], int lane) {
+#pragma unroll
+  for (int size = 2; size <= 32; size *= 2) {
+#pragma unroll
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      const bool larger = ((lane & stride) == 0) == ((lane & size) == 0);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int other = __shfl_xor_sync(~0u, value[r], stride);
+        value[r] = larger ? max(value[r], other) : min(value[r], other);
+      }
+    }
+  }
+}
+
+// Keeps the candidates that reach the bounds, in order, as far as there is room; held: how many there are.
+template <int kRows, int kRoom>
+__device__ __forceinline__ void compact(const ScoreRows<kRows>& rows, const int (&bound)[kRows],
+                                        Candidates& kept, int (&held)[kRows], int lane) {
+  const unsigned lower_lanes = (1u << lane) - 1;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) held[r] = 0;
+#pragma unroll 1
+  for (int chunk = rows.first_chunk(); chunk < rows.end; chunk += kChunk) {
+    int key[kRows][4];
+    rows.keys(chunk, lane, key);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      int at = held[r];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const unsigned reach = __ballot_sync(~0u, key[r][e] >= bound[r]);
+        at += __popc(reach & lower_lanes);
+        held[r] += __popc(reach);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (key[r][e] < bound[r]) continue;
+        if (at < kRoom) {
+          kept.key[r * kRoom + at] = key[r][e];
+          kept.index[r * kRoom + at] = chunk + 4 * lane + e;
+        }
+        ++at;
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// Writes the k best of at most 64 candidates, in order.
+__device__ __forceinline__ void write_ranked(int32_t* out, int k, int held, const int* key, const int* index,
+                                             int lane) {
+  const int key0 = lane < held ? key[lane] : -1, key1 = lane + 32 < held ? key[lane + 32] : -1;
+  int rank0 = 0, rank1 = 0;
+#pragma unroll 4
+  for (int i = 0; i < min(held, 32); ++i) {
+    const int other = __shfl_sync(~0u, key0, i);
+    rank0 += other > key0 - (i < lane);
+    rank1 += other >= key1;
+  }
+#pragma unroll 4
+  for (int i = 32; i < held; ++i) {
+    const int other = __shfl_sync(~0u, key1, i - 32);
+    rank0 += other > key0;
+    rank1 += other > key1 - (i < lane + 32);
+  }
+  const bool chosen0 = lane < held && rank0 < k, chosen1 = lane + 32 < held && rank1 < k;
+  const unsigned mask0 = __ballot_sync(~0u, chosen0), mask1 = __ballot_sync(~0u, chosen1),
+                 lower_lanes = (1u << lane) - 1;
+  if (chosen0) out[__popc(mask0 & lower_lanes)] = index[lane];
+  if (chosen1) out[__popc(mask0) + __popc(mask1 & lower_lanes)] = index[lane + 32];
+}
+
+// Writes the k best of the values begin .. end - 1, in order: those above the threshold, and as many equal to
+// it as there is room, from the front. The bound is at most the k-th largest.
+template <typename Key, typename Index>
+__device__ __forceinline__ void write_above(int32_t* out, int k, int begin, int end, int bound,
+                                            const Key& key, const Index& index, int lane) {
+  const auto count_reaching = [&](int v) {
+    int n = 0;
+    for (int i = begin + lane; i < end; i += 32) n += key(i) >= v;
+    return __reduce_add_sync(~0u, n);
+  };
+  const auto count_above = [&](int v) { return v == 0x7fffffff ? 0 : count_reaching(v + 1); };
+  // Equal scores in large numbers are the usual reason to be here: then the bound is the threshold.
+  const int threshold = count_above(bound) < k ? bound : kth_largest(k, count_reaching);
+  int ties = k - count_above(threshold), written = 0;
+  const unsigned lower_lanes = (1u << lane) - 1;
+#pragma unroll 1
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + lane, value = i < end ? key(i) : -1;
+    const unsigned equal = __ballot_sync(~0u, value == threshold);
+    const bool chosen = value > threshold || (value == threshold && __popc(equal & lower_lanes) < ties);
+    const unsigned mask = __ballot_sync(~0u, chosen);
+    if (chosen) out[written + __popc(mask & lower_lanes)] = index(i);
+    written += __popc(mask);
+    ties -= min(ties, __popc(equal));
+  }
+}
+
+// The k best of one row, for any k up to 64 and any number of equal scores.
+__device__ __forceinline__ void choose_with_care(const float* scores, int begin, int end, int k, int32_t* out,
+                                                 Candidates& kept, int lane) {
+  const ScoreRows<1> row{scores, 0, begin, end};
+  int high0 = -1, high1 = -1;
+#pragma unroll 1
+  for (int chunk = row.first_chunk(); chunk < end; chunk += kChunk) {
+    int key[1][4];
+    row.keys(chunk, lane, key);
+    high0 = max(high0, max(key[0][0], key[0][1]));
+    high1 = max(high1, max(key[0][2], key[0][3]));
+  }
+  const int bound[1] = {kth_largest(k, [&](int v) {
+    return __popc(__ballot_sync(~0u, high0 >= v)) + __popc(__ballot_sync(~0u, high1 >= v));
+  })};
+  int held[1];
+  constexpr int kRoom = kChoiceRows * kMaxRanked;
+  compact<1, kRoom>(row, bound, kept, held, lane);
+  if (held[0] <= kRoom) {
+    write_above(
+        out, k, 0, held[0], bound[0], [&](int i) { return kept.key[i]; },
+        [&](int i) { return kept.index[i]; }, lane);
+  } else {
+    write_above(
+        out, k, begin, end, bound[0], [&](int i) { return row.key(i); }, [&](int i) { return i; }, lane);
+  }
+  __syncwarp();
+}
+
+// The k best of kRows rows, k <= kMaxLaneChoice.
+template <int kRows>
+__device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k, int32_t* out,
+                                            int64_t out_pitch, Candidates& kept, int lane) {
+  int bound[kRows], held[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) bound[r] = -1;
+#pragma unroll 1
+  for (int chunk = rows.first_chunk(); chunk < rows.end; chunk += kChunk) {
+    int key[kRows][4];
+    rows.keys(chunk, lane, key);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      bound[r] = max(max(bound[r], key[r][0]), max(max(key[r][1], key[r][2]), key[r][3]));
+  }
+  sort_lanes(bound, lane);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) bound[r] = max(__shfl_sync(~0u, bound[r], k - 1), 0);
+  compact<kRows, kMaxRanked>(rows, bound, kept, held, lane);
+  unsigned too_many = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (held[r] > kMaxRanked) {
+      too_many |= 1u << r;
+    } else {
+      write_ranked(out + r * out_pitch, k, held[r], kept.key + r * kMaxRanked, kept.index + r * kMaxRanked,
+                   lane);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (; too_many; too_many &= too_many - 1) {
+    const int r = __ffs(too_many) - 1;
+    choose_with_care(rows.scores + r * rows.pitch, rows.begin, rows.end, k, out + r * out_pitch, kept, lane);
+  }
+}
+
+// What a choice is told.
+struct ChoiceCounts {
+  int num_selected, num_initial, num_local;
+};
+
+// Writes the rows of block_indices of kRows queries whose last block is `own` (-1: they have none). scores:
+// of their blocks, rows 16-byte aligned.
+template <int kRows>
+__device__ __forceinline__ void choose_blocks(const float* scores, int64_t pitch, int own,
+                                              const ChoiceCounts& counts, int32_t* out, int64_t out_pitch,
+                                              Candidates& kept, int lane) {
+  const int initial = min(counts.num_initial, own + 1), local = max(initial, own + 1 - counts.num_local);
+  const int n = counts.num_selected, count = local - initial, k = min(n - initial - (own + 1 - local), count);
+  // A slot of the row holds a forced block, one of the k best, or nothing.
+#pragma unroll 1
+  for (int i = lane; i < n; i += 32) {
+    const int block = i < initial ? i : local + i - initial - k;
+    if (i >= initial && i < initial + k && k < count) continue;
+    const int value = k == count && i <= own ? i : block <= own ? block : -1;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) out[r * out_pitch + i] = value;
+  }
+  if (k == count || k <= 0) return;
+  if (k <= kMaxLaneChoice) {
+    choose_best(ScoreRows<kRows>{scores, pitch, initial, local}, k, out + initial, out_pitch, kept, lane);
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r)
+      choose_with_care(scores + r * pitch, initial, local, k, out + r * out_pitch + initial, kept, lane);
+  }
+}
+
+}  // namespace nsa::cuda::sm90
