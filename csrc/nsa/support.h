@@ -58,6 +58,8 @@ constexpr SupportRow kSupport[] = {
     {"decode_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"compressed_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
+    {"block_scores", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
+    {"select_blocks", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"sliding_window_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
 };
 

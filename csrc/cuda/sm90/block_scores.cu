@@ -7,7 +7,7 @@
 namespace nsa::cuda::sm90 {
 namespace {
 
-// Blocks of a launch at most: the SMs of a GPU. The selection keeps the scores of two items of each.
+// Blocks of a launch at most: the SMs of a GPU. The selection keeps the scores of one item of each.
 constexpr int64_t kMaxBlocks = 132;
 
 int log2_of(int64_t x) {
@@ -113,7 +113,7 @@ bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* stat
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   int64_t bytes = 0;
   with_task(p.scoring, [&]<typename T, typename Tile>(const ScoresTask& task) {
-    bytes = num_blocks(task) * 2 * task.tokens * scores_pitch(p) * static_cast<int64_t>(sizeof(float));
+    bytes = num_blocks(task) * task.tokens * scores_pitch(p) * static_cast<int64_t>(sizeof(float));
     return true;
   });
   return bytes;

@@ -29,11 +29,14 @@ struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
   static constexpr int kLsePitch = 36;  // of the 32 columns of a thread: quads read without bank conflicts
   static constexpr int kSumPitch = kScoresHalo + kScoresKeys + 4;  // neither do they write with any
 
-  // What is to know of the rows of an item.
+  // An item, for the consumers.
   struct Rows {
     alignas(16) float minus_lse[Config::kConsumers][4 * kLsePitch];  // in base 2; -inf for a head of nobody
     int end[Config::kConsumers * Config::kTokens];                   // compressed blocks that the token sees
     int last[Config::kConsumers * Config::kTokens];                  // its last wanted block, -1 for none
+    int64_t first_row;                                               // of q
+    int first_position, count, head;                                 // count: tokens
+    int num_tiles;                                                   // -1: there are no more items
   };
   struct Shared {
     alignas(1024) unsigned char q[Config::kConsumers][swizzled_tile_bytes<kDim_>(kScoresColumns)];
@@ -44,8 +47,6 @@ struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
     uint64_t q_full[Config::kConsumers], q_empty[Config::kConsumers];
     uint64_t k_full[Config::kStages], k_empty[Config::kStages];
     uint64_t rows_full[2], rows_empty[2];
-    uint64_t scores_full[2], scores_empty[2];
-    Candidates candidates[kChoiceWarps];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -168,53 +169,101 @@ __device__ __forceinline__ void fill_rows(const ScoresTask& task, const ScoresIt
   }
 }
 
-// By one warp. Rows lie two items ahead, so they never keep the queries waiting.
+// By one warp. Rows lie up to two items ahead, so they never keep the queries waiting.
 template <typename Tile>
 __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CUtensorMap* map,
                                                 typename Tile::Shared& shared, int lane) {
   uint32_t q_parity = 1;
   RingPlace<2> place;
   for_each_item(task, [&](const ScoresItem& item) {
-    if (item.num_tiles == 0) return;
     ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
-    fill_rows<Tile>(task, item, shared.rows[place.slot], lane);
+    typename Tile::Rows& rows = shared.rows[place.slot];
+    if (item.num_tiles > 0) fill_rows<Tile>(task, item, rows, lane);
+    if (lane == 0) {
+      rows.first_row = item.tile.seq.q_begin + item.tile.begin;
+      rows.first_position = static_cast<int>(item.tile.seq.position(item.tile.begin));
+      rows.count = item.tile.count;
+      rows.head = item.head;
+      rows.num_tiles = item.num_tiles;
+    }
     __syncwarp();
     if (lane == 0) {
       ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
-      load_queries<Tile>(task, item, map, shared, q_parity);
+      if (item.num_tiles > 0) load_queries<Tile>(task, item, map, shared, q_parity);
     }
     __syncwarp();
-    q_parity ^= 1;
+    if (item.num_tiles > 0) q_parity ^= 1;
     place.next();
   });
+  ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
+  if (lane == 0) {
+    shared.rows[place.slot].num_tiles = -1;
+    ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
+  }
 }
 
-// The scores of the selection blocks that end in this key tile, from the sums of the warpgroups of a team.
+// Weights 1, 2, 2, 2, 1 of the sum before `sums`, and the four there.
+__device__ __forceinline__ float common_score(const float* sums) {
+  const float4 four = *reinterpret_cast<const float4*>(sums);
+  return sums[-1] + 2.f * (four.x + four.y + four.z) + four.w;
+}
+
+// The scores of the selection blocks that end in this key tile, from the sums of the warpgroups of a team:
+// any weights, any size of the team, of whose threads this is number `thread`.
 template <typename Tile>
 __device__ __forceinline__ void write_scores(const ScoresTask& task, const typename Tile::Shared& shared,
-                                             const int* last, float* out, int64_t stride, int consumer,
-                                             int slot, int tile, int thread) {
-  const int first = consumer - consumer % task.passes;
+                                             const int* last, float* out, int64_t stride, int first, int slot,
+                                             int tile, int thread) {
   const int per_tile_log2 = kScoresKeysLog2 - task.per_block_log2, per_tile = 1 << per_tile_log2;
 #pragma unroll 1
-  for (int i = (consumer - first) * 128 + thread; i < Tile::kTokens << per_tile_log2;
-       i += 128 * task.passes) {
+  for (int i = thread; i < Tile::kTokens << per_tile_log2; i += 128 * task.passes) {
     const int token = i >> per_tile_log2, in_tile = i & (per_tile - 1), j = tile * per_tile + in_tile;
-    const int begin = kScoresHalo + (in_tile << task.per_block_log2);
     float score = 0.f;
 #pragma unroll 1
     for (int pass = 0; pass < task.passes; ++pass) {
-      const float* sums = shared.sums[first + pass][slot][token] + begin;
+      const float* sums =
+          shared.sums[first + pass][slot][token] + kScoresHalo + (in_tile << task.per_block_log2);
       if (task.common_weights) {
-        const float4 four = *reinterpret_cast<const float4*>(sums);
-        score += sums[-1] + 2.f * (four.x + four.y + four.z) + four.w;
+        score += common_score(sums);
       } else {
-        const int before = task.before;
-        for (int x = 0; x < (1 << task.per_block_log2) + before; ++x)
-          score += shared.taps[x] * sums[x - before];
+#pragma unroll 1
+        for (int x = 0; x < (1 << task.per_block_log2) + task.before; ++x)
+          score += shared.taps[x] * sums[x - task.before];
       }
     }
     if (j <= last[token]) out[token * stride + j] = score;
+  }
+}
+
+// The choice for the tokens of a team, from scores [token][pitch], by its warps, kChoiceRows queries each.
+template <typename Tile>
+__device__ __forceinline__ void choose(const ScoresTask& task, const typename Tile::Rows& rows,
+                                       int first_token, const float* scores, Candidates& kept, int warp,
+                                       int lane) {
+  const BlockScoresParams& p = task.params;
+  const ChoiceCounts counts{task.num_selected, task.num_initial, task.num_local};
+  const int64_t out_pitch = static_cast<int64_t>(p.shape.num_heads_kv) * task.num_selected;
+  int32_t* out = task.block_indices + (rows.first_row + first_token) * out_pitch +
+                 static_cast<int64_t>(rows.head) * task.num_selected;
+  const int first_position = rows.first_position + first_token;
+  const auto own_block = [&](int token) {
+    const int t = first_position + token;
+    return t < 0 ? -1 : min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1);
+  };
+  const int count = min(rows.count - first_token, Tile::kTokens);
+#pragma unroll 1
+  for (int token = warp * kChoiceRows; token < count; token += 4 * task.passes * kChoiceRows) {
+    const int end = min(token + kChoiceRows, count), own = own_block(token);
+    if (end - token == kChoiceRows && own_block(end - 1) == own) {
+      choose_blocks<kChoiceRows>(scores + token * task.pitch, task.pitch, own, counts,
+                                 out + token * out_pitch, out_pitch, kept, lane);
+      continue;
+    }
+#pragma unroll 1
+    for (int i = token; i < end; ++i) {
+      choose_blocks<1>(scores + i * task.pitch, task.pitch, own_block(i), counts, out + i * out_pitch,
+                       out_pitch, kept, lane);
+    }
   }
 }
 
@@ -226,32 +275,46 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
   const int lane = thread & 31, warp = thread >> 5, quad = lane >> 2, column = lane & 3;
   const int team = consumer / task.passes;
   const float scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
-  const bool choose = task.block_indices != nullptr;
-  const int64_t stride = (choose ? 1 : p.shape.num_heads_kv) * task.pitch;
+  const int64_t stride = (task.block_indices != nullptr ? 1 : p.shape.num_heads_kv) * task.pitch;
   const uint32_t q = ptx::shared_address(shared.q[consumer]);
   RingPlace<Tile::kStages> place;
   RingPlace<2> rows_place;
   uint32_t q_parity = 0;
   int slot = 0;  // of sums
 
-  for_each_item(task, [&](const ScoresItem& item) {
-    if (item.num_tiles == 0) return;
-    const typename Tile::Rows& rows = shared.rows[rows_place.slot];
-    const int first_token = team * Tile::kTokens;
-    float* out = task.scores;
-    if (choose) {
-      out += ((blockIdx.x * 2 + rows_place.slot) * task.tokens + first_token) * task.pitch;
-      ptx::barrier_wait(ptx::shared_address(&shared.scores_empty[rows_place.slot]), rows_place.parity ^ 1);
-    } else {
-      out += ((item.tile.seq.q_begin + item.tile.begin + first_token) * p.shape.num_heads_kv + item.head) *
-             task.pitch;
-    }
-    float halo[kOctets][2] = {};  // warp 3: its last eight keys of the tile before
-    ptx::barrier_wait(ptx::shared_address(&shared.rows_full[rows_place.slot]), rows_place.parity);
-    ptx::barrier_wait(ptx::shared_address(&shared.q_full[consumer]), q_parity);
-    q_parity ^= 1;
+  const bool choosing = task.block_indices != nullptr;
+  const int first_token = team * Tile::kTokens, first = team * task.passes,
+            team_warp = (consumer - first) * 4 + warp;
+  // The usual case: a thread writes one score per octet of tokens and key tile.
+  const bool usual = task.common_weights && task.passes == 1;
+  const int my_token = thread >> 4, my_block = thread & 15;
+  const float* my_sums = &shared.sums[consumer][0][my_token][kScoresHalo + 4 * my_block];
+  float* row_sums = &shared.sums[consumer][0][column * 2][warp * 16 + quad];
+  constexpr int kSlotSums = Tile::kTokens * Tile::kSumPitch;
+  // A warp's part of its warpgroup's sums, where they are not in use.
+  Candidates& kept = reinterpret_cast<Candidates*>(&shared.sums[consumer])[warp];
+  static_assert(sizeof(shared.sums[consumer]) >= 4 * sizeof(Candidates));
+
 #pragma unroll 1
-    for (int tile = 0; tile < item.num_tiles; ++tile) {
+  while (true) {
+    const typename Tile::Rows& rows = shared.rows[rows_place.slot];
+    ptx::barrier_wait(ptx::shared_address(&shared.rows_full[rows_place.slot]), rows_place.parity);
+    const int num_tiles = rows.num_tiles;
+    if (num_tiles < 0) break;
+    float* out = task.scores;
+    if (choosing) {
+      out += (blockIdx.x * task.tokens + first_token) * task.pitch;
+    } else {
+      out += ((rows.first_row + first_token) * p.shape.num_heads_kv + rows.head) * task.pitch;
+    }
+    float* my_out = out + my_token * stride + my_block;
+    float halo[kOctets][2] = {};  // warp 3: its last eight keys of the tile before
+    if (num_tiles > 0) {
+      ptx::barrier_wait(ptx::shared_address(&shared.q_full[consumer]), q_parity);
+      q_parity ^= 1;
+    }
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
       float acc[kScoresColumns / 2];
       ptx::barrier_wait(ptx::shared_address(&shared.k_full[place.slot]), place.parity);
       const uint32_t k = ptx::shared_address(shared.k[place.slot]);
@@ -266,7 +329,7 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
       ptx::pin_registers(acc);
       if (lane == 0) {
         ptx::barrier_arrive(ptx::shared_address(&shared.k_empty[place.slot]));
-        if (tile + 1 == item.num_tiles) ptx::barrier_arrive(ptx::shared_address(&shared.q_empty[consumer]));
+        if (tile + 1 == num_tiles) ptx::barrier_arrive(ptx::shared_address(&shared.q_empty[consumer]));
       }
       place.next();
 
@@ -284,74 +347,43 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
         }
       }
 
-      const int in_tile = warp * 16 + quad, key = tile * kScoresKeys + in_tile;
+      const int key = tile * kScoresKeys + warp * 16 + quad;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int token = o * 8 + column * 2 + e, end = rows.end[team * Tile::kTokens + token];
-          float* row = shared.sums[consumer][slot][token];
+          const int end = rows.end[first_token + o * 8 + column * 2 + e];
+          float* row = row_sums + slot * kSlotSums + (o * 8 + e) * Tile::kSumPitch;
           const float upper = key < end ? sum[o][0][e] : 0.f, lower = key + 8 < end ? sum[o][1][e] : 0.f;
-          row[kScoresHalo + in_tile] = upper;
-          row[kScoresHalo + in_tile + 8] = lower;
-          if (warp == 3) row[quad] = halo[o][e];
+          row[kScoresHalo] = upper;
+          row[kScoresHalo + 8] = lower;
+          if (warp == 3) row[-48] = halo[o][e];
           halo[o][e] = lower;
         }
       }
       ptx::named_barrier_sync(1 + team, 128 * task.passes);
-      write_scores<Tile>(task, shared, rows.last + team * Tile::kTokens, out, stride, consumer, slot, tile,
-                         thread);
+      if (usual) {
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+          const float score = common_score(my_sums + slot * kSlotSums + o * 8 * Tile::kSumPitch);
+          if (tile * 16 + my_block <= rows.last[first_token + my_token + o * 8])
+            my_out[o * 8 * stride + tile * 16] = score;
+        }
+      } else {
+        write_scores<Tile>(task, shared, rows.last + first_token, out, stride, first, slot, tile,
+                           team_warp * 32 + lane);
+      }
       slot ^= 1;
     }
-    __syncwarp();
-    if (lane == 0) {
-      ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
-      ptx::barrier_arrive(ptx::shared_address(&shared.scores_full[rows_place.slot]));
+    if (choosing) {
+      if (num_tiles > 0) ptx::named_barrier_sync(1 + team, 128 * task.passes);  // the scores are complete
+      choose<Tile>(task, rows, first_token, out, kept, team_warp, lane);
+      if (num_tiles > 0) ptx::named_barrier_sync(1 + team, 128 * task.passes);  // they may be overwritten
     }
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
     rows_place.next();
-  });
-}
-
-// By kChoiceWarps warps, kChoiceRows queries each.
-template <typename Tile>
-__device__ __forceinline__ void choose(const ScoresTask& task, typename Tile::Shared& shared, int warp,
-                                       int lane) {
-  const BlockScoresParams& p = task.params;
-  const ChoiceCounts counts{task.num_selected, task.num_initial, task.num_local};
-  const int64_t out_pitch = static_cast<int64_t>(p.shape.num_heads_kv) * task.num_selected;
-  Candidates& kept = shared.candidates[warp];
-  RingPlace<2> place;
-  for_each_item(task, [&](const ScoresItem& item) {
-    const bool scored = item.num_tiles > 0;
-    if (scored) ptx::barrier_wait(ptx::shared_address(&shared.scores_full[place.slot]), place.parity);
-    const float* scores = task.scores + (blockIdx.x * 2 + place.slot) * task.tokens * task.pitch;
-    int32_t* out =
-        task.block_indices +
-        ((item.tile.seq.q_begin + item.tile.begin) * p.shape.num_heads_kv + item.head) * task.num_selected;
-    const int first_position = static_cast<int>(item.tile.seq.position(item.tile.begin));
-    const auto own_block = [&](int token) {
-      const int t = first_position + token;
-      return t < 0 ? -1 : min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1);
-    };
-#pragma unroll 1
-    for (int token = warp * kChoiceRows; token < item.tile.count; token += kChoiceWarps * kChoiceRows) {
-      const int end = min(token + kChoiceRows, item.tile.count), own = own_block(token);
-      if (end - token == kChoiceRows && own_block(end - 1) == own) {
-        choose_blocks<kChoiceRows>(scores + token * task.pitch, task.pitch, own, counts,
-                                   out + token * out_pitch, out_pitch, kept, lane);
-        continue;
-      }
-#pragma unroll 1
-      for (int i = token; i < end; ++i) {
-        choose_blocks<1>(scores + i * task.pitch, task.pitch, own_block(i), counts, out + i * out_pitch,
-                         out_pitch, kept, lane);
-      }
-    }
-    if (!scored) return;
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.scores_empty[place.slot]));
-    place.next();
-  });
+  }
 }
 
 template <typename T, typename Tile>
@@ -374,8 +406,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(ptx::shared_address(&shared.rows_full[i]), 1);
       ptx::barrier_init(ptx::shared_address(&shared.rows_empty[i]), 4 * Tile::kConsumers);
-      ptx::barrier_init(ptx::shared_address(&shared.scores_full[i]), 4 * Tile::kConsumers);
-      ptx::barrier_init(ptx::shared_address(&shared.scores_empty[i]), kChoiceWarps);
     }
     ptx::barrier_init_fence();
   }
@@ -392,7 +422,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int warp = threadIdx.x / 32 - Tile::kConsumers * 4, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) produce_keys<Tile>(task, &k_map, shared);
     if (warp == 1) produce_queries<Tile>(task, &q_map, shared, lane);
-    if (warp >= 2 && task.block_indices != nullptr) choose<Tile>(task, shared, warp - 2, lane);
   } else {
     ptx::claim_registers<Tile::kConsumerRegisters>();
     consume<T, Tile>(task, shared, warpgroup, threadIdx.x % 128);

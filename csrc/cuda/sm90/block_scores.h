@@ -17,23 +17,16 @@ struct ScoresConfig {
   static constexpr int kTokens = kScoresColumns / kHeads;
   // Few products are enough in flight when four warpgroups take turns between tensor cores and exponentials.
   // Shared memory allows fewer where a warpgroup has many tokens or Q is wide.
-  static constexpr int kConsumers = kDim == 192 ? 2
-                                                : (kHeads >= 8   ? 4
-                                                   : kHeads == 4 ? 3
-                                                                 : 2) +
-                                                      (kDim == 64 && kHeads < 8);
-  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && (kHeads == 16 || kHeads == 2) ? 4 : 3;
+  static constexpr int kConsumers = kDim == 192 ? 2 : kHeads >= 8 ? 4 : kHeads == 4 || kDim == 64 ? 3 : 2;
+  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && kHeads != 8 ? 4 : 3;
   // The pool is what the launch gives to each thread, times the threads.
   static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 144 : 208;
   static constexpr int kOtherRegisters = kConsumers == 4 ? 64 : 80;
 };
 
-// Warps that choose blocks from the scores of one item while the next is scored.
-constexpr int kChoiceWarps = 2;
-
 struct ScoresTask {
   BlockScoresParams params;
-  float* scores;  // [T, Hkv, pitch], or for a choice [block][2][token][pitch] with a pitch of whole 16 bytes
+  float* scores;  // [T, Hkv, pitch], or for a choice [block][token][pitch] with a pitch of whole 16 bytes
   int64_t pitch;
   int num_tiles;
   bool common_weights;  // l / d = 2, l' / d = 4: weights 1, 2, 2, 2, 1

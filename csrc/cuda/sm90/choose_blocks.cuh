@@ -10,7 +10,7 @@
 
 namespace nsa::cuda::sm90 {
 
-constexpr int kChoiceRows = 4;      // queries that a warp works on at a time
+constexpr int kChoiceRows = 2;      // queries that a warp works on at a time
 constexpr int kMaxRanked = 64;      // candidates of one of them
 constexpr int kMaxLaneChoice = 24;  // blocks to choose for which 32 maxima are a good bound
 constexpr int kChunk = 128;         // scores that a warp reads at a time, four a lane
@@ -103,40 +103,57 @@ __device__ __forceinline__ void compact(const ScoreRows<kRows>& rows, const int 
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (key[r][e] < bound[r]) continue;
-        if (at < kRoom) {
+        const bool reaches = key[r][e] >= bound[r];
+        if (reaches && at < kRoom) {
           kept.key[r * kRoom + at] = key[r][e];
           kept.index[r * kRoom + at] = chunk + 4 * lane + e;
         }
-        ++at;
+        at += reaches;
       }
     }
   }
   __syncwarp();
 }
 
-// Writes the k best of at most 64 candidates, in order.
-__device__ __forceinline__ void write_ranked(int32_t* out, int k, int held, const int* key, const int* index,
-                                             int lane) {
-  const int key0 = lane < held ? key[lane] : -1, key1 = lane + 32 < held ? key[lane + 32] : -1;
-  int rank0 = 0, rank1 = 0;
-#pragma unroll 4
-  for (int i = 0; i < min(held, 32); ++i) {
-    const int other = __shfl_sync(~0u, key0, i);
-    rank0 += other > key0 - (i < lane);
-    rank1 += other >= key1;
+// Writes the k best of each row's candidates, in order; nothing where there are more than kMaxRanked.
+template <int kRows>
+__device__ __forceinline__ void write_ranked(int32_t* out, int64_t out_pitch, int k, const int (&held)[kRows],
+                                             const Candidates& kept, int lane) {
+  int key0[kRows], key1[kRows], rank0[kRows], rank1[kRows], most = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    key0[r] = lane < held[r] ? kept.key[r * kMaxRanked + lane] : -1;
+    key1[r] = lane + 32 < held[r] ? kept.key[r * kMaxRanked + lane + 32] : -1;
+    rank0[r] = rank1[r] = 0;
+    most = max(most, held[r] > kMaxRanked ? 0 : held[r]);
   }
 #pragma unroll 4
-  for (int i = 32; i < held; ++i) {
-    const int other = __shfl_sync(~0u, key1, i - 32);
-    rank0 += other > key0;
-    rank1 += other > key1 - (i < lane + 32);
+  for (int i = 0; i < min(most, 32); ++i) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) rank0[r] += __shfl_sync(~0u, key0[r], i) > key0[r] - (i < lane);
   }
-  const bool chosen0 = lane < held && rank0 < k, chosen1 = lane + 32 < held && rank1 < k;
-  const unsigned mask0 = __ballot_sync(~0u, chosen0), mask1 = __ballot_sync(~0u, chosen1),
-                 lower_lanes = (1u << lane) - 1;
-  if (chosen0) out[__popc(mask0 & lower_lanes)] = index[lane];
-  if (chosen1) out[__popc(mask0) + __popc(mask1 & lower_lanes)] = index[lane + 32];
+  if (most > 32) {
+#pragma unroll 2
+    for (int i = 0; i < 32; ++i) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int other = __shfl_sync(~0u, key1[r], i);
+        rank0[r] += other > key0[r];
+        rank1[r] += (__shfl_sync(~0u, key0[r], i) >= key1[r]) + (other > key1[r] - (i < lane));
+      }
+    }
+  }
+  const unsigned lower_lanes = (1u << lane) - 1;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (held[r] > kMaxRanked) continue;
+    const bool chosen0 = lane < held[r] && rank0[r] < k, chosen1 = lane + 32 < held[r] && rank1[r] < k;
+    const unsigned mask0 = __ballot_sync(~0u, chosen0), mask1 = __ballot_sync(~0u, chosen1);
+    int32_t* row = out + r * out_pitch;
+    const int* index = kept.index + r * kMaxRanked;
+    if (chosen0) row[__popc(mask0 & lower_lanes)] = index[lane];
+    if (chosen1) row[__popc(mask0) + __popc(mask1 & lower_lanes)] = index[lane + 32];
+  }
 }
 
 // Writes the k best of the values begin .. end - 1, in order: those above the threshold, and as many equal to
@@ -202,7 +219,7 @@ __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k,
   int bound[kRows], held[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) bound[r] = -1;
-#pragma unroll 1
+#pragma unroll 2
   for (int chunk = rows.first_chunk(); chunk < rows.end; chunk += kChunk) {
     int key[kRows][4];
     rows.keys(chunk, lane, key);
@@ -214,16 +231,10 @@ __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k,
 #pragma unroll
   for (int r = 0; r < kRows; ++r) bound[r] = max(__shfl_sync(~0u, bound[r], k - 1), 0);
   compact<kRows, kMaxRanked>(rows, bound, kept, held, lane);
+  write_ranked(out, out_pitch, k, held, kept, lane);
   unsigned too_many = 0;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (held[r] > kMaxRanked) {
-      too_many |= 1u << r;
-    } else {
-      write_ranked(out + r * out_pitch, k, held[r], kept.key + r * kMaxRanked, kept.index + r * kMaxRanked,
-                   lane);
-    }
-  }
+  for (int r = 0; r < kRows; ++r) too_many |= held[r] > kMaxRanked ? 1u << r : 0;
   __syncwarp();
 #pragma unroll 1
   for (; too_many; too_many &= too_many - 1) {
