@@ -62,13 +62,13 @@ template <int kDimQK, int kDimV, int kKeys, int kGroups>
 struct Shared : Layout<kDimQK, kDimV, kKeys, kGroups> {
   using Sizes = Layout<kDimQK, kDimV, kKeys, kGroups>;
   Control* control;
-  ChosenBlock* lists;  // two, and the scratch memory of their builder
+  ChosenPart* lists;  // two, and the scratch memory of their builder
   uint32_t tiles;
   int slots, list_size;
 
   __device__ Shared(unsigned char* memory, int slots, int list_size, int words)
       : control(reinterpret_cast<Control*>(memory)),
-        lists(reinterpret_cast<ChosenBlock*>(memory + sizeof(Control))),
+        lists(reinterpret_cast<ChosenPart*>(memory + sizeof(Control))),
         tiles(ptx::shared_address(memory) + front_bytes(list_size, words)),
         slots(slots),
         list_size(list_size) {}
@@ -86,14 +86,14 @@ struct Shared : Layout<kDimQK, kDimV, kKeys, kGroups> {
   }
   // What lies in front of the tiles; these begin at multiples of 1,024 bytes.
   __host__ __device__ static int front_bytes(int list_size, int words) {
-    return (static_cast<int>(sizeof(Control) + 2 * list_size * sizeof(ChosenBlock)) + 8 * words + 1023) /
+    return (static_cast<int>(sizeof(Control) + 2 * list_size * sizeof(ChosenPart)) + 8 * words + 1023) /
            1024 * 1024;
   }
 };
 
 __device__ __forceinline__ uint32_t at(const uint64_t& barrier) { return ptx::shared_address(&barrier); }
 
-// Calls visit(tile, blocks, index) for every tile of this thread block; all lanes of a warp together.
+// Calls visit(tile, parts, index) for every tile of this thread block; all lanes of a warp together.
 template <typename S, typename Visit>
 __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const Visit& visit) {
 #pragma unroll 1
@@ -101,7 +101,7 @@ __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const V
     const int list = index & 1;
     ptx::barrier_wait(at(shared.control->list_full[list]), index >> 1 & 1);
     const ChosenTile& tile = shared.control->tiles[list];
-    if (tile.num_blocks == kNoMoreTiles) return;
+    if (tile.num_parts == kNoMoreTiles) return;
     visit(tile, shared.lists + list * shared.list_size, index);
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(at(shared.control->list_empty[list]));
@@ -112,7 +112,8 @@ __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const V
 // keys of one stay in the L2 cache.
 template <int kGroups, typename S>
 __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, const S& shared,
-                                           const RowPlan& plan, int num_tiles, int words, int lane) {
+                                           const RowPlan& plan, int num_tiles, int part_shift, int words,
+                                           int lane) {
   RingPosition list;
   const int num_items = num_tiles * p.shape.num_heads_kv;
 #pragma unroll 1
@@ -135,9 +136,9 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
     }
     __syncwarp();
     if (!end) {
-      const int count = build_union(p, chosen, plan, kGroups * 4, shared.scratch(words),
+      const int count = build_union(p, chosen, plan, kGroups * 4, part_shift, shared.scratch(words),
                                     shared.lists + list.slot * shared.list_size, lane);
-      if (lane == 0) chosen.num_blocks = count;
+      if (lane == 0) chosen.num_parts = count;
     }
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(at(shared.control->list_full[list.slot]));
@@ -149,44 +150,42 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
 // One warp: K and V of every part of every tile.
 template <int kKeys, int kDimQK, int kDimV, typename S>
 __device__ __forceinline__ void load_keys(const S& shared, const CUtensorMap* k_map, const CUtensorMap* v_map,
-                                          int block_size, int lane) {
+                                          int lane) {
+  const Control& c = *shared.control;
   RingPosition ring;
-  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenBlock* blocks, uint32_t) {
+  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart* parts, uint32_t) {
+    if (lane != 0) return;
     const int head = tile.head, key_row = tile.key_row;
-    if (lane == 0) {
-      for_each_part<kKeys>(tile, blocks, block_size, [&](const ChosenBlock&, int begin, int end) {
-        const auto load = [&]<int kDim>(const CUtensorMap* map, uint32_t slot, uint32_t barrier) {
-          ptx::barrier_arrive_expect(barrier, swizzled_tile_bytes<kDim>(kKeys));
-#pragma unroll
-          for (int panel = 0; panel < kDim / kPanel; ++panel)
-            ptx::bulk_load_3d(slot + panel * kKeys * kPanelPitch, map, barrier, panel * kPanel, head,
-                              key_row + begin);
-        };
-        const Control& c = *shared.control;
-        const int s = ring.slot;
-        ptx::barrier_wait(at(c.k_empty[s]), ring.phase ^ 1);
-        load.template operator()<kDimQK>(k_map, shared.k(s), at(c.k_full[s]));
-        ptx::barrier_wait(at(c.v_empty[s]), ring.phase ^ 1);
-        load.template operator()<kDimV>(v_map, shared.v(s),
-                                        at(begin + kKeys > end ? c.v_landed[s] : c.v_full[s]));
-        ring.advance(shared.slots);
-      });
+#pragma unroll 1
+    for (int i = 0; i < tile.num_parts; ++i) {
+      const ChosenPart chosen = parts[i];
+      const int begin = chosen.part() * kKeys, s = ring.slot;
+      ptx::barrier_wait(at(c.k_empty[s]), ring.phase ^ 1);
+      ptx::barrier_arrive_expect(at(c.k_full[s]), S::kKBytes);
+      ptx::bulk_load_4d(shared.k(s), k_map, at(c.k_full[s]), 0, head, key_row + begin, 0);
+      const uint32_t v_full = at(begin + kKeys > tile.end(chosen.tokens) ? c.v_landed[s] : c.v_full[s]);
+      ptx::barrier_wait(at(c.v_empty[s]), ring.phase ^ 1);
+      ptx::barrier_arrive_expect(v_full, S::kVBytes);
+      ptx::bulk_load_4d(shared.v(s), v_map, v_full, 0, head, key_row + begin, 0);
+      ring.advance(shared.slots);
     }
   });
 }
 
 // One warp: zeroes the values that no token of the tile sees: there may be anything, and 0 * NaN is NaN.
 template <int kKeys, int kDimV, typename S>
-__device__ __forceinline__ void clear_unseen_values(const S& shared, int block_size, int lane) {
+__device__ __forceinline__ void clear_unseen_values(const S& shared, int lane) {
   RingPosition ring;
   uint32_t phases = 0;  // of v_landed
-  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenBlock* blocks, uint32_t) {
-    for_each_part<kKeys>(tile, blocks, block_size, [&](const ChosenBlock&, int begin, int end) {
-      const int s = ring.slot;
-      if (begin + kKeys > end) {
+  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart* parts, uint32_t) {
+#pragma unroll 1
+    for (int i = 0; i < tile.num_parts; ++i) {
+      const ChosenPart chosen = parts[i];
+      const int seen = tile.end(chosen.tokens) - chosen.part() * kKeys, s = ring.slot;
+      if (seen < kKeys) {
         ptx::barrier_wait(at(shared.control->v_landed[s]), phases >> s & 1);
         phases ^= 1u << s;
-        for (int row = end - begin + lane / 8; row < kKeys; row += 4) {
+        for (int row = max(seen, 0) + lane / 8; row < kKeys; row += 4) {
 #pragma unroll
           for (int panel = 0; panel < kDimV / kPanel; ++panel)
             ptx::store_shared_16(shared.v(s) + (panel * kKeys + row) * kPanelPitch + lane % 8 * 16, 0, 0, 0,
@@ -197,14 +196,14 @@ __device__ __forceinline__ void clear_unseen_values(const S& shared, int block_s
         if (lane == 0) ptx::barrier_arrive(at(shared.control->v_full[s]));
       }
       ring.advance(shared.slots);
-    });
+    }
   });
 }
 
 // One warp: the queries of every tile.
 template <int kDimQK, int kGroups, typename S>
 __device__ __forceinline__ void load_queries(const S& shared, const CUtensorMap* q_map, int shift, int lane) {
-  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenBlock*, uint32_t index) {
+  for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart*, uint32_t index) {
     if (lane == 0) {
 #pragma unroll 1
       for (int group = 0; group < kGroups; ++group) {
@@ -269,10 +268,9 @@ struct Consumer {
   }
 
   // This warp alone.
-  __device__ __forceinline__ void attend(uint32_t mask, int begin) {
+  __device__ __forceinline__ void attend(float (&score)[kKeys / 8][4], uint32_t mask, int begin) {
     const Control& c = *shared.control;
     const int s = ring.slot;
-    float score[kKeys / 8][4];
     uint32_t p[kKeys / 16][4];
     ptx::barrier_wait(at(c.k_full[s]), ring.phase);
     multiply_swizzled_transposed<T, kDimQK, kKeys, S::kRows>(score, shared.q(group) + warp * 16 * kPanelPitch,
@@ -286,47 +284,87 @@ struct Consumer {
     release(c.v_empty[s]);
   }
 
-  // The warpgroup together; warps that did not choose the block add zeros.
-  __device__ __forceinline__ void attend_together(uint32_t mask, int begin) {
-    const Control& c = *shared.control;
-    const int s = ring.slot;
-    float score[kKeys / 8][4];
-    uint32_t p[kKeys / 16][4];
-    auto& score_flat = reinterpret_cast<float(&)[kKeys / 2]>(score);
-    auto& out_flat = reinterpret_cast<float(&)[kDimV / 2]>(out);
-    ptx::barrier_wait(at(c.k_full[s]), ring.phase);
-    ptx::wgmma_fence();
+  // The warpgroup together; warps that did not choose the part add zeros. Scores and values of two parts in a
+  // row are one group of products, so that the tensor cores have work while the warps are at the barriers.
+  static __device__ __forceinline__ bool is_together(const ChosenPart& chosen, int group) {
+    return kKeys == 64 && __popc(chosen.warps() >> (group * 4) & 15) >= kTogether;
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&score)[kKeys / 8][4], int slot) const {
 #pragma unroll
     for (int k = 0; k < kDimQK; k += 16)
-      ptx::wgmma_shared<T, kKeys>(score_flat, k_major_descriptor(shared.q(group), S::kRows, k),
-                                  k_major_descriptor(shared.k(s), kKeys, k), k > 0);
+      ptx::wgmma_shared<T, kKeys>(flat(score), k_major_descriptor(shared.q(group), S::kRows, k),
+                                  k_major_descriptor(shared.k(slot), kKeys, k), k > 0);
+  }
+  __device__ __forceinline__ void issue_values(const uint32_t (&p)[kKeys / 16][4], int slot) {
+#pragma unroll
+    for (int k = 0; k < kKeys; k += 16)
+      ptx::wgmma_registers<T, kDimV>(flat(out), p[k / 16], mn_major_descriptor(shared.v(slot), kKeys, k),
+                                     true);
+  }
+  template <int kTiles>
+  static __device__ __forceinline__ auto flat(float (&acc)[kTiles][4]) -> float (&)[kTiles * 4] {
+    return reinterpret_cast<float(&)[kTiles * 4]>(acc);
+  }
+  __device__ __forceinline__ void finish_products() const {
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::pin_registers(score_flat);
-    release(c.k_empty[s]);
+  }
+
+  __device__ __forceinline__ void score_together(float (&score)[kKeys / 8][4]) const {
+    const Control& c = *shared.control;
+    ptx::barrier_wait(at(c.k_full[ring.slot]), ring.phase);
+    ptx::wgmma_fence();
+    issue_scores(score, ring.slot);
+    finish_products();
+    ptx::pin_registers(flat(score));
+    release(c.k_empty[ring.slot]);
+  }
+
+  // From this part's scores; leaves the scores of the next part where that is the warpgroup's too.
+  __device__ __forceinline__ void attend_together(float (&score)[kKeys / 8][4], uint32_t mask, int begin,
+                                                  bool next_together) {
+    const Control& c = *shared.control;
+    uint32_t p[kKeys / 16][4];
     mask_scores(score, mask, begin);
     softmax.update(score, out, scale);
     pack_fragments<T>(p, score);
-    ptx::barrier_wait(at(c.v_full[s]), ring.phase);
-    ptx::pin_registers(out_flat);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kKeys; k += 16)
-      ptx::wgmma_registers<T, kDimV>(out_flat, p[k / 16], mn_major_descriptor(shared.v(s), kKeys, k), true);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(out_flat);
-    release(c.v_empty[s]);
+    ptx::barrier_wait(at(c.v_full[ring.slot]), ring.phase);
+    ptx::pin_registers(flat(out));
+    if (next_together) {
+      RingPosition next = ring;
+      next.advance(shared.slots);
+      ptx::barrier_wait(at(c.k_full[next.slot]), next.phase);
+      ptx::wgmma_fence();
+      issue_values(p, ring.slot);
+      issue_scores(score, next.slot);
+      finish_products();
+      ptx::pin_registers(flat(score));
+      release(c.k_empty[next.slot]);
+    } else {
+      ptx::wgmma_fence();
+      issue_values(p, ring.slot);
+      finish_products();
+    }
+    ptx::pin_registers(flat(out));
+    release(c.v_empty[ring.slot]);
   }
 
-  __device__ __forceinline__ void attend_tile(const ChosenTile& tile, const ChosenBlock* blocks,
-                                              int block_size) {
-    for_each_part<kKeys>(tile, blocks, block_size, [&](const ChosenBlock& chosen, int begin, int) {
-      const uint32_t together = chosen.warps() >> (group * 4) & 15;
-      if (kKeys == 64 && __popc(together) >= kTogether) {
-        if constexpr (kKeys == 64) attend_together(chosen.tokens, begin);
-      } else if (together >> warp & 1) {
-        attend(chosen.tokens, begin);
+  __device__ __forceinline__ void attend_tile(const ChosenTile& tile, const ChosenPart* parts) {
+    float score[kKeys / 8][4];
+    bool scored = false;
+#pragma unroll 1
+    for (int i = 0; i < tile.num_parts; ++i) {
+      const ChosenPart chosen = parts[i];
+      const int begin = chosen.part() * kKeys;
+      if (is_together(chosen, group)) {
+        if constexpr (kKeys == 64) {
+          if (!scored) score_together(score);
+          scored = is_together(parts[i + 1], group);
+          attend_together(score, chosen.tokens, begin, scored);
+        }
+      } else if (chosen.warps() >> (group * 4 + warp) & 1) {
+        attend(score, chosen.tokens, begin);
       } else {
         // Not before both have landed: an earlier arrival would count for the round before.
         ptx::barrier_wait(at(shared.control->v_full[ring.slot]), ring.phase);
@@ -336,7 +374,7 @@ struct Consumer {
         }
       }
       ring.advance(shared.slots);
-    });
+    }
   }
 
   __device__ __forceinline__ void store(const SelectedAttentionFwdParams& p, const ChosenTile& tile) const {
@@ -357,10 +395,10 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const SelectedAttentionFwdParams& p) {
-    for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenBlock* blocks, uint32_t index) {
+    for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart* parts, uint32_t index) {
       begin_tile(tile);
       ptx::barrier_wait(at(shared.control->q_full[group]), index & 1);
-      attend_tile(tile, blocks, static_cast<int>(p.block_size));
+      attend_tile(tile, parts);
       release(shared.control->q_empty[group]);
       store(p, tile);
     });
@@ -374,7 +412,7 @@ __global__ void __launch_bounds__(Layout<kDimQK, kDimV, kKeys, kGroups>::kThread
                                 const __grid_constant__ CUtensorMap k_map,
                                 const __grid_constant__ CUtensorMap v_map,
                                 const __grid_constant__ RowPlan plan, const int slots, const int list_size,
-                                const int words, const int num_tiles) {
+                                const int part_shift, const int words, const int num_tiles) {
   using S = Shared<kDimQK, kDimV, kKeys, kGroups>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const S shared(memory, slots, list_size, words);
@@ -402,14 +440,13 @@ __global__ void __launch_bounds__(Layout<kDimQK, kDimV, kKeys, kGroups>::kThread
 
   if (warp >= kGroups * 4) {
     ptx::release_registers<kProducerRegisters<kGroups>>();
-    const int block_size = static_cast<int>(p.block_size);
     switch (warp - kGroups * 4) {
       case 0:
-        return load_keys<kKeys, kDimQK, kDimV>(shared, &k_map, &v_map, block_size, lane);
+        return load_keys<kKeys, kDimQK, kDimV>(shared, &k_map, &v_map, lane);
       case 1:
-        return list_tiles<kGroups>(p, shared, plan, num_tiles, words, lane);
+        return list_tiles<kGroups>(p, shared, plan, num_tiles, part_shift, words, lane);
       case 2:
-        return clear_unseen_values<kKeys, kDimV>(shared, block_size, lane);
+        return clear_unseen_values<kKeys, kDimV>(shared, lane);
       default:
         return load_queries<kDimQK, kGroups>(shared, &q_map, plan.shift, lane);
     }
@@ -433,7 +470,9 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const Stream& stream, 
   const int64_t words = ceil_div(ceil_div(p.seqs.max_seqlen_k, p.block_size), 32);
   const int64_t num_tiles = num_sequence_tiles(p.seqs, plan.tokens);
   if (words > kMaxWords || num_tiles * p.shape.num_heads_kv > INT32_MAX / 2) return false;
-  const int list_size = static_cast<int>(min64(plan.tokens * p.num_selected_blocks, 32 * words));
+  const int part_shift = p.block_size > kKeys ? 1 : 0;
+  const int list_size =
+      (static_cast<int>(min64(plan.tokens * p.num_selected_blocks, 32 * words)) << part_shift) + 1;
   const int fixed = S::front_bytes(list_size, static_cast<int>(words)) + S::kRing;
   const int slot_bytes = S::kKBytes + S::kVBytes;
   const int available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -444,15 +483,15 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const Stream& stream, 
   const int heads_kv = p.shape.num_heads_kv;
   if (!make_group_tensor_map(&q_map, p.dtype, p.q, p.seqs.total_q, heads_kv, p.shape.group(), kDimQK,
                              S::kRows >> plan.shift, 1 << plan.shift) ||
-      !make_tensor_map(&k_map, p.dtype, p.k, p.seqs.key_rows, heads_kv, kDimQK, kKeys, 1) ||
-      !make_tensor_map(&v_map, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, kKeys, 1)) {
+      !make_panel_tensor_map(&k_map, p.dtype, p.k, p.seqs.key_rows, heads_kv, kDimQK, kKeys) ||
+      !make_panel_tensor_map(&v_map, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, kKeys)) {
     return false;
   }
   const int64_t grid = min64(num_tiles * heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
-  *status =
-      launch("selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
-             dim3(static_cast<unsigned>(grid)), S::kThreads, fixed + slots * slot_bytes, stream, p, q_map,
-             k_map, v_map, plan, slots, list_size, static_cast<int>(words), static_cast<int>(num_tiles));
+  *status = launch(
+      "selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
+      dim3(static_cast<unsigned>(grid)), S::kThreads, fixed + slots * slot_bytes, stream, p, q_map, k_map,
+      v_map, plan, slots, list_size, part_shift, static_cast<int>(words), static_cast<int>(num_tiles));
   return true;
 }
 

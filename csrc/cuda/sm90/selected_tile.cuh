@@ -24,46 +24,33 @@ struct RowPlan {
   }
 };
 
-// A block of the union, who chose it among the tile's tokens, and which warps have rows of these.
-struct ChosenBlock {
-  static constexpr int kBlockBits = 20;
-  uint32_t block_and_warps;
+// A part of the union: kKeys keys (a chosen block, or one of its parts), who chose it among the tile's
+// tokens, and which warps have rows of these.
+struct ChosenPart {
+  static constexpr int kPartBits = 20;
+  uint32_t part_and_warps;
   uint32_t tokens;
 
-  __device__ __forceinline__ int block() const { return block_and_warps & ((1 << kBlockBits) - 1); }
-  __device__ __forceinline__ uint32_t warps() const { return block_and_warps >> kBlockBits; }
+  __device__ __forceinline__ int part() const { return part_and_warps & ((1 << kPartBits) - 1); }
+  __device__ __forceinline__ uint32_t warps() const { return part_and_warps >> kPartBits; }
 };
 
 // A tile as its kernel's warps see it, in shared memory.
 struct ChosenTile {
-  int num_blocks;  // of the union; kNoMoreTiles behind the last tile
+  int num_parts;  // of the union; kNoMoreTiles behind the last tile
   int num_tokens;
   int head;       // of the keys
   int query_row;  // of the first token
   int position;   // of the first token
   int key_row;    // of the sequence's first key
   int num_keys;   // of the sequence
+
+  // Keys of a part from here on are seen by no token, or do not exist.
+  __device__ __forceinline__ int end(uint32_t tokens) const {
+    return min(position + 32 - __clz(tokens), num_keys);
+  }
 };
 constexpr int kNoMoreTiles = -1;
-
-// Calls visit(chosen, begin, end) for every kKeys keys of the union that some token of the tile sees: they
-// begin at key `begin` of the sequence, and nobody sees key `end` or later ones.
-template <int kKeys, typename Visit>
-__device__ __forceinline__ void for_each_part(const ChosenTile& tile, const ChosenBlock* blocks,
-                                              int block_size, const Visit& visit) {
-#pragma unroll 1
-  for (int i = 0; i < tile.num_blocks; ++i) {
-    const ChosenBlock chosen = blocks[i];
-    const int last = tile.position + 31 - __clz(chosen.tokens);  // of the last token that chose it
-    int begin = chosen.block() * block_size;
-    const int end = min(last + 1, tile.num_keys), stop = min(begin + block_size, end);
-#pragma unroll 1
-    do {
-      visit(chosen, begin, end);
-      begin += kKeys;
-    } while (begin < stop);
-  }
-}
 
 // Memory of the warp that builds unions.
 struct UnionScratch {
@@ -92,10 +79,11 @@ __device__ __forceinline__ void for_each_choice(const SelectedAttentionFwdParams
   }
 }
 
-// By one warp: the sorted union of the blocks that the tile's tokens chose. A bitmap makes every row a set.
+// By one warp: the sorted union of the blocks that the tile's tokens chose, and an empty part behind it.
+// Returns the number of its parts, 1 << part_shift to a block. A bitmap makes every row a set.
 __device__ inline int build_union(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
-                                  const RowPlan& plan, int num_warps, const UnionScratch& scratch,
-                                  ChosenBlock* blocks, int lane) {
+                                  const RowPlan& plan, int num_warps, int part_shift,
+                                  const UnionScratch& scratch, ChosenPart* parts, int lane) {
   const int block_shift = 31 - __clz(static_cast<int>(p.block_size));
   const int max_blocks = min((tile.num_keys + (1 << block_shift) - 1) >> block_shift, 32 * scratch.words);
   const int words = (max_blocks + 31) / 32;
@@ -118,22 +106,27 @@ __device__ inline int build_union(const SelectedAttentionFwdParams& p, const Cho
     if (begin + lane < words) scratch.rank[begin + lane] = count + sum - own;
     count += __shfl_sync(~0u, sum, 31);
   }
+  count <<= part_shift;
 #pragma unroll 1
-  for (int i = lane; i < count; i += 32) blocks[i].tokens = 0;
+  for (int i = lane; i < count; i += 32) parts[i].tokens = 0;
+  if (lane == 0) parts[count] = {0, 0};
   __syncwarp();
   for_each_choice(p, tile, block_shift, max_blocks, lane, [&](int token, int block) {
     const int at = scratch.rank[block >> 5] + __popc(scratch.bitmap[block >> 5] & ((1u << (block & 31)) - 1));
-    blocks[at].block_and_warps = block;
-    atomicOr(&blocks[at].tokens, 1u << token);
+#pragma unroll 1
+    for (int part = 0; part < 1 << part_shift; ++part) {
+      parts[(at << part_shift) + part].part_and_warps = (block << part_shift) + part;
+      atomicOr(&parts[(at << part_shift) + part].tokens, 1u << token);
+    }
   });
   __syncwarp();
 #pragma unroll 1
   for (int i = lane; i < count; i += 32) {
-    const uint32_t tokens = blocks[i].tokens;
+    const uint32_t tokens = parts[i].tokens;
     uint32_t warps = 0;
 #pragma unroll 1
     for (int w = 0; w < num_warps; ++w) warps |= (tokens & plan.tokens_of_warp(w)) != 0 ? 1u << w : 0;
-    blocks[i].block_and_warps |= warps << ChosenBlock::kBlockBits;
+    parts[i].part_and_warps |= warps << ChosenPart::kPartBits;
   }
   __syncwarp();
   return count;

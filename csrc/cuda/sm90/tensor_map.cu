@@ -54,6 +54,16 @@ bool make_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_
       {head, row}, {kColumns, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_rows)});
 }
 
+bool make_panel_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads,
+                           int dim, int box_rows) {
+  const int64_t head = heads == 1 ? dim : view.stride_head, row = rows == 1 ? head * heads : view.stride_row;
+  return encode<4>(map, dtype, view.data,
+                   {kColumns, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(rows),
+                    static_cast<cuuint64_t>(dim / kColumns)},
+                   {head, row, kColumns},
+                   {kColumns, 1, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(dim / kColumns)});
+}
+
 bool make_group_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads_kv,
                            int group, int dim, int box_rows, int box_heads) {
   const int heads = heads_kv * group;

@@ -12,6 +12,10 @@ namespace nsa::cuda::sm90 {
 bool make_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads, int dim,
                      int box_rows, int box_heads);
 
+// The same as boxes of [64-column panels, rows, 64 columns] of one head: whole rows by one order.
+bool make_panel_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads,
+                           int dim, int box_rows);
+
 // The same of queries as [rows, KV heads, group, dim]: box_heads may exceed the group, and heads beyond it
 // read as zeros.
 bool make_group_tensor_map(CUtensorMap* map, DType dtype, const RowsView& view, int64_t rows, int heads_kv,
