@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/compress_bwd.h"
 #include "cuda/host/launch_kernel.h"
 #include "cuda/portable/launch.h"
 #include "cuda/sm90/launch.h"
@@ -30,12 +31,6 @@ bool use_sm90() {
 #define NSA_LAUNCH_PORTABLE(name, Params) \
   Status name(const Params& p, const Stream& stream) { return portable::name(p, stream); }
 
-// Operations that the CPU alone has so far.
-#define NSA_LAUNCH_NONE(name, Params)                                                \
-  Status name(const Params&, const Stream&) {                                        \
-    return Status::error(StatusCode::kUnsupported, #name " has no CUDA kernel yet"); \
-  }
-
 NSA_LAUNCH_BEST(banded_attention_forward, BandedAttentionFwdParams)
 NSA_LAUNCH_BEST(block_scores, BlockScoresParams)
 NSA_LAUNCH_BEST(select_blocks, SelectBlocksParams)
@@ -43,17 +38,20 @@ NSA_LAUNCH_BEST(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_PORTABLE(append_kv, AppendKvParams)
 NSA_LAUNCH_PORTABLE(decode_attention, DecodeAttentionParams)
-NSA_LAUNCH_NONE(compress_backward, CompressBwdParams)
 NSA_LAUNCH_BEST(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_BEST(selected_attention_backward, SelectedAttentionBwdParams)
-NSA_LAUNCH_NONE(gated_combine_backward, GatedCombineBwdParams)
-NSA_LAUNCH_NONE(attention_delta, DeltaParams)
+NSA_LAUNCH_PORTABLE(gated_combine_backward, GatedCombineBwdParams)
+NSA_LAUNCH_PORTABLE(attention_delta, DeltaParams)
 
 Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
   Status status = portable::compress_bias(p, stream);
   if (!status.ok()) return status;
   if (use_sm90() && sm90::compress_forward(p, stream, &status)) return status;
   return portable::compress_forward(p, stream);
+}
+
+Status compress_backward(const CompressBwdParams& p, const Stream& stream) {
+  return compress_backward_steps(p, stream, use_sm90());
 }
 
 // Enough for either path: which one runs is known at the launch.
@@ -66,7 +64,7 @@ int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);
 }
-int64_t workspace_bytes(const CompressBwdParams&) { return 0; }
+int64_t workspace_bytes(const CompressBwdParams& p) { return compress_backward_workspace(p); }
 int64_t workspace_bytes(const AppendKvParams& p) { return portable::workspace_bytes(p); }
 int64_t workspace_bytes(const DecodeAttentionParams& p) { return portable::workspace_bytes(p); }
 

@@ -175,6 +175,9 @@ struct GatedCombineBwdParams {
   void* d_gate_logits;                 // [T * Hq, 3], the dtype of gate_logits
   void* gates[kNumBranches];           // [T * Hq], acc: g_b
   void* delta[kNumBranches];           // [T * Hq], acc
+  // CUDA: where the tokens of the last sequence end (on the device), or null. Rows behind get zeros, whatever
+  // dO and their gates hold.
+  const int32_t* end_token;
 };
 
 // delta = rowsum(dO * o), for the branches when they are used alone.
@@ -214,7 +217,9 @@ struct CompressFwdParams {
 struct CompressBwdParams {
   CompressFwdParams fwd;  // its out pointer is not used
   RowsView d_out;         // [S // d, H, D]
-  void* dx;               // [S, H, D], acc, contiguous, added to; null = not wanted
+  // [S, H, D], contiguous, zeroed by the caller; null = not wanted. The CPU adds to it in acc. CUDA writes it
+  // in the dtype of x: no other gradient goes there, and a copy in fp32 would cost as much as the products.
+  void* dx;
   void* d_pe;             // acc, the parameters' shapes, added to; null = not wanted
   void* d_w1;
   void* d_b1;

@@ -55,6 +55,12 @@ AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs&
   return shape;
 }
 
+// Where the tokens of the last sequence end, if only the device knows.
+const int32_t* end_on_device(const Tensor& q, const Batch& batch) {
+  const int32_t* offsets = batch.seqs.cu_seqlens_q;
+  return offsets == nullptr || q.is_cpu() ? nullptr : offsets + batch.seqs.batch;
+}
+
 Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& config) {
   const AttentionShape shape = check(Checks(kForward, kSupportRow), in, sequences, config);
   const BranchOutput cmp = empty_output(in.q, shape), slc = empty_output(in.q, shape),
@@ -67,10 +73,9 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
     select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(), block_indices);
     selected_forward(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
     banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
-    const bool on_host = call.batch.seqs.cu_seqlens_q == nullptr || in.q.is_cpu();
-    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o,
-                    on_host ? nullptr : call.batch.seqs.cu_seqlens_q + call.batch.seqs.batch);
-    if (on_host) fill_padding(o, call.batch, 0);
+    const int32_t* end_token = end_on_device(in.q, call.batch);
+    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o, end_token);
+    if (end_token == nullptr) fill_padding(o, call.batch, 0);
   }
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};
 }
@@ -202,7 +207,8 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     // One pass over dO and the outputs gives all that the branches need of them.
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
-    if (d_gate_logits.defined()) fill_padding(d_gate_logits, call.batch, 0);
+    const int32_t* end_token = end_on_device(q, call.batch);
+    if (d_gate_logits.defined() && end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
     const Tensor d_o_rows = as_rows(d_o);
     for (int b = 0; b < kNumBranches; ++b) {
       BranchGrads& grads = branches[b];
@@ -216,7 +222,8 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
       grads.delta = combine.delta[b] = at::empty_like(grads.lse);
     }
     if (branches[0].wanted() || branches[1].wanted() || branches[2].wanted() || d_gate_logits.defined()) {
-      combine_backward(kBackward, d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine);
+      combine_backward(kBackward, d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine,
+                       end_token);
     }
     banded_backward(call, k_cmp, v_cmp, config.compressed(), 0, branches[0]);
     selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);

@@ -205,8 +205,13 @@ Tensor6 compress_backward(const Tensor& d_out, const Tensor& x, const OptTensor&
   std::array<Tensor, kNumTensors> grads;
   bool any_wanted = false;
   for (size_t i = 0; i < kNumTensors; ++i) {
-    grads[i] = gradient_accumulator(inputs[i], grad_mask[i] && inputs[i].defined());
-    any_wanted |= grads[i].defined();
+    const bool wanted = grad_mask[i] && inputs[i].defined();
+    if (i == 0 && wanted && x.is_cuda()) {
+      grads[i] = at::zeros_symint(x.sym_sizes(), x.options());
+    } else {
+      grads[i] = gradient_accumulator(inputs[i], wanted);
+    }
+    any_wanted |= wanted;
   }
   if (!x.is_meta() && any_wanted && d_out.numel() != 0) {
     CompressBwdParams params{};

@@ -27,7 +27,8 @@ void combine_forward(const char* op, const BranchTensors& o_branch, const at::Te
 }
 
 void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
-                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads) {
+                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,
+                      const int32_t* end_token) {
   if (num_rows == 0) return;
   const at::Tensor gates = gate_logits.contiguous(), d_o_rows = as_rows(d_o);
   const BranchTensors branches{o_branch[0].contiguous(), o_branch[1].contiguous(), o_branch[2].contiguous()};
@@ -40,6 +41,7 @@ void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors
   params.d_o = rows_view(d_o_rows);
   params.gate_logits = gates.const_data_ptr();
   params.d_gate_logits = pointer(grads.d_gate_logits);
+  params.end_token = end_token;
   for (int b = 0; b < kNumBranches; ++b) {
     params.o_branch[b] = branches[b].const_data_ptr();
     params.d_o_branch[b] = pointer(grads.d_o_branch[b]);

@@ -23,7 +23,9 @@ struct CombineGrads {
   BranchTensors delta;       // [T, Hq], acc
 };
 
+// end_token as in combine_forward: gate gradients are 0 behind it.
 void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
-                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads);
+                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,
+                      const int32_t* end_token = nullptr);
 
 }  // namespace nsa::ops

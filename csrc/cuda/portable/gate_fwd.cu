@@ -2,32 +2,12 @@
 // and branch.
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
+#include "cuda/tile/vector.cuh"
 
 namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements of 16 bits in 16 bytes
-
-template <typename T>
-struct alignas(16) Pack {
-  T value[kVector];
-};
-
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(float x) { return x; }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
 
 template <typename T, typename G>
 __global__ void __launch_bounds__(kThreads) gated_combine_fwd_portable(const GatedCombineFwdParams p) {
@@ -35,21 +15,21 @@ __global__ void __launch_bounds__(kThreads) gated_combine_fwd_portable(const Gat
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = i / per_row;
   if (row >= p.num_rows) return;
-  Pack<T> out{};
+  Vector<T> out{};
   if (p.end_token == nullptr || row < static_cast<int64_t>(*p.end_token) * p.num_heads) {
     float sum[kVector] = {};
 #pragma unroll
     for (int b = 0; b < kNumBranches; ++b) {
       const float gate =
           1.f / (1.f + __expf(-to_float(static_cast<const G*>(p.gate_logits)[row * kNumBranches + b])));
-      const Pack<T> in = static_cast<const Pack<T>*>(p.o_branch[b])[i];
+      const Vector<T> in = static_cast<const Vector<T>*>(p.o_branch[b])[i];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[j] = fmaf(gate, to_float(in.value[j]), sum[j]);
     }
 #pragma unroll
     for (int j = 0; j < kVector; ++j) out.value[j] = from_float<T>(sum[j]);
   }
-  static_cast<Pack<T>*>(p.o)[i] = out;
+  static_cast<Vector<T>*>(p.o)[i] = out;
 }
 
 }  // namespace

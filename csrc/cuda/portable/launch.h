@@ -9,6 +9,8 @@ namespace nsa::cuda::portable {
 NSA_FOR_EACH_FORWARD_OP(NSA_DECLARE_PORTABLE)
 NSA_DECLARE_PORTABLE(banded_attention_backward, BandedAttentionBwdParams)
 NSA_DECLARE_PORTABLE(selected_attention_backward, SelectedAttentionBwdParams)
+NSA_DECLARE_PORTABLE(gated_combine_backward, GatedCombineBwdParams)
+NSA_DECLARE_PORTABLE(attention_delta, DeltaParams)
 #undef NSA_DECLARE_PORTABLE
 
 // The partial sums of W1 . vec(PE) that every compress_forward of the device reads.

@@ -124,6 +124,11 @@ __device__ __forceinline__ void claim_registers() {
                "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 0, 1;\n}" \
                : NSA_ACC_##kRegisters(0)                                                                     \
                : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define NSA_WGMMA_TRANSPOSED(kN, kRegisters, type, a, b, flag)                                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN        \
+               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 1, 1;\n}" \
+               : NSA_ACC_##kRegisters(0)                                                                     \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
 #define NSA_WGMMA_REGISTERS(kN, kRegisters, type, a0, a1, a2, a3, b, flag)                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN     \
                "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, {" a0 ", " a1 ", " a2 ", " a3 \
@@ -141,17 +146,19 @@ constexpr bool kIsHalf<__half> = true;
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_shared(float (&acc)[kN / 2], uint64_t a_desc, uint64_t b_desc,
                                              bool accumulate) {
-  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 176);
+  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 176 || kN == 256);
   if constexpr (kIsHalf<T>) {
     if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "f16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "f16", "%32", "%33", "%34");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "f16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "f16", "%88", "%89", "%90");
+    if constexpr (kN == 256) NSA_WGMMA_SHARED(256, 128, "f16", "%128", "%129", "%130");
   } else {
     if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "bf16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "bf16", "%32", "%33", "%34");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "bf16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "bf16", "%88", "%89", "%90");
+    if constexpr (kN == 256) NSA_WGMMA_SHARED(256, 128, "bf16", "%128", "%129", "%130");
   }
 }
 
@@ -167,6 +174,21 @@ __device__ __forceinline__ void wgmma_shared_natural(float (&acc)[kN / 2], uint6
   } else {
     if constexpr (kN == 128) NSA_WGMMA_NATURAL(128, 64, "bf16", "%64", "%65", "%66");
     if constexpr (kN == 256) NSA_WGMMA_NATURAL(256, 128, "bf16", "%128", "%129", "%130");
+  }
+}
+
+// PTX: wgmma.mma_async. acc (+)= A^T . B, both in shared memory: A [16 x 64] and B [16 x kN] with the other
+// dimension contiguous.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_shared_transposed(float (&acc)[kN / 2], uint64_t a_desc,
+                                                        uint64_t b_desc, bool accumulate) {
+  static_assert(kN == 128 || kN == 256);
+  if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 128) NSA_WGMMA_TRANSPOSED(128, 64, "f16", "%64", "%65", "%66");
+    if constexpr (kN == 256) NSA_WGMMA_TRANSPOSED(256, 128, "f16", "%128", "%129", "%130");
+  } else {
+    if constexpr (kN == 128) NSA_WGMMA_TRANSPOSED(128, 64, "bf16", "%64", "%65", "%66");
+    if constexpr (kN == 256) NSA_WGMMA_TRANSPOSED(256, 128, "bf16", "%128", "%129", "%130");
   }
 }
 
@@ -189,6 +211,7 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint
 
 #undef NSA_WGMMA_SHARED
 #undef NSA_WGMMA_NATURAL
+#undef NSA_WGMMA_TRANSPOSED
 #undef NSA_WGMMA_REGISTERS
 #undef NSA_REGISTERS_16
 #undef NSA_REGISTERS_32

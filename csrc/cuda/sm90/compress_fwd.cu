@@ -8,9 +8,7 @@
 // layer by mma.sync. PE enters through the bias (portable/compress_bias.cu).
 #include "cuda/host/launch_kernel.h"
 #include "cuda/ptx/cluster.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/tma.cuh"
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/compress_ring.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/compress_rows.cuh"
@@ -22,10 +20,7 @@ namespace {
 
 constexpr int kRows = 128;
 constexpr int kSlice = kPanel;  // of the summed dimension: 64 channels of one token
-constexpr int kStages = 4;
-constexpr int kConsumers = 2;  // warpgroups
-constexpr int kConsumerThreads = kConsumers * 128, kConsumerWarps = kConsumers * 4;
-constexpr int kThreads = kConsumerThreads + 128;
+constexpr int kConsumerWarps = kRingConsumers / 32;
 constexpr int kMaxDim = 256;  // of x
 constexpr int kABytes = kRows * kPanelPitch;
 constexpr int kAlignment = 1024;
@@ -37,16 +32,9 @@ struct Layout {
   static constexpr int kStageBytes = kABytes + kBBytes;
   static constexpr int kHiddenOffset = tile_bytes<kMaxDim>(kHidden);
   static constexpr int kUsed = kHiddenOffset + tile_bytes<kHidden>(kRows);
-  static constexpr int kRing = kStages * kStageBytes;
+  static constexpr int kRing = kRingStages * kStageBytes;
   static constexpr int kBytes = kAlignment + (kUsed > kRing ? kUsed : kRing);
   static_assert(kRows * kHidden * 4 <= kHiddenOffset);
-};
-
-struct Barriers {
-  uint32_t full, empty;  // kStages of each
-
-  __device__ uint32_t full_at(int stage) const { return full + stage * 8; }
-  __device__ uint32_t empty_at(int stage) const { return empty + stage * 8; }
 };
 
 // What one thread block does.
@@ -74,11 +62,11 @@ struct SliceOrder {
 
 template <typename T, int kHidden>
 __device__ __forceinline__ void produce(const CompressFwdParams& p, const CUtensorMap& w1_map,
-                                        const Task& task, const int64_t* tokens, uint32_t ring,
-                                        const Barriers& barriers) {
+                                        const Task& task, const int64_t* tokens, uint32_t stages,
+                                        const SliceRing& ring) {
   using L = Layout<kHidden>;
   constexpr int kStep = 128 / 8, kCopies = kRows / kStep;  // 8 threads copy the 128 bytes of a row
-  const int thread = threadIdx.x - kConsumerThreads, row = thread / 8, chunk = thread % 8;
+  const int thread = threadIdx.x - kRingConsumers, row = thread / 8, chunk = thread % 8;
   const T* source[kCopies];
   bool exists[kCopies];
 #pragma unroll
@@ -93,53 +81,25 @@ __device__ __forceinline__ void produce(const CompressFwdParams& p, const CUtens
   const int w1_row = static_cast<int>((p.per_head ? task.head : 0) * p.blocks.block * p.head_dim);
 #pragma unroll 1
   for (int slice = task.begin; slice < task.end; ++slice) {
-    const int i = slice - task.begin, stage = i % kStages;
-    const uint32_t a = ring + stage * L::kStageBytes, b = a + kABytes, full = barriers.full_at(stage);
-    ptx::barrier_wait(barriers.empty_at(stage), (i / kStages & 1) ^ 1);
     const int offset = order.offset(slice), channel = order.channel(slice);
-    if (thread == 0) {
-      ptx::barrier_arrive_expect(full, L::kBBytes);
-#pragma unroll
-      for (int n = 0; n < kHidden / kPanel; ++n) {
-        ptx::bulk_load_3d(b + n * kSlice * kPanelPitch, &w1_map, full, n * kPanel, 0,
-                          w1_row + offset * p.head_dim + channel);
-      }
-    }
     const int64_t shift = offset * p.x.stride_row + channel;
+    ring.produce(
+        slice - task.begin, L::kBBytes,
+        [&](int stage) {
+          const uint32_t b = stages + stage * L::kStageBytes + kABytes;
 #pragma unroll
-    for (int c = 0; c < kCopies; ++c)
-      ptx::async_copy_16(a + target + c * kStep * kPanelPitch, source[c] + shift, exists[c]);
-    ptx::barrier_arrive_after_copies(full);
-  }
-}
-
-// acc = the rows of this warpgroup times the slices of this block.
-template <typename T, int kHidden>
-__device__ __forceinline__ void multiply_first(float (&acc)[kHidden / 2], const Task& task, uint32_t ring,
-                                               const Barriers& barriers) {
-  using L = Layout<kHidden>;
-  const int warpgroup = threadIdx.x / 128;
-  const bool leads = threadIdx.x % 32 == 0;
-  const int count = task.end - task.begin;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int stage = i % kStages;
-    const uint32_t a = ring + stage * L::kStageBytes + warpgroup * 64 * kPanelPitch,
-                   b = ring + stage * L::kStageBytes + kABytes;
-    ptx::barrier_wait(barriers.full_at(stage), i / kStages & 1);
-    ptx::async_proxy_fence();  // the rows came by cp.async
-    ptx::wgmma_fence();
+          for (int n = 0; n < kHidden / kPanel; ++n) {
+            ptx::bulk_load_3d(b + n * kSlice * kPanelPitch, &w1_map, ring.full(stage), n * kPanel, 0,
+                              w1_row + offset * p.head_dim + channel);
+          }
+        },
+        [&](int stage) {
+          const uint32_t a = stages + stage * L::kStageBytes + target;
 #pragma unroll
-    for (int k = 0; k < kSlice; k += 16) {
-      ptx::wgmma_shared_natural<T, kHidden>(acc, k_major_descriptor(a, kRows, k),
-                                            mn_major_descriptor(b, kSlice, k), i > 0 || k > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    ptx::barrier_arrive_if(barriers.empty_at((i + kStages - 1) % kStages), leads && i > 0);
+          for (int c = 0; c < kCopies; ++c)
+            ptx::async_copy_16(a + c * kStep * kPanelPitch, source[c] + shift, exists[c]);
+        });
   }
-  ptx::wgmma_wait<0>();
-  ptx::pin_registers(acc);
 }
 
 // Bias and activation of accumulators 4q .. 4q + 3 of a lane, into the hidden layer's slab of 16 rows.
@@ -190,7 +150,7 @@ __device__ __forceinline__ void load_second(const CompressFwdParams& p, const Ta
   const int chunks = p.head_dim / 8;
   const T* w2 = static_cast<const T*>(p.w2) +
                 static_cast<int64_t>(p.per_head ? task.head : 0) * p.hidden_size * p.head_dim;
-  for (int i = threadIdx.x - kConsumerThreads; i < kHidden * chunks; i += 128) {
+  for (int i = threadIdx.x - kRingConsumers; i < kHidden * chunks; i += 128) {
     const int row = i / chunks, chunk = i % chunks;
     const bool valid = row < p.hidden_size;
     ptx::async_copy_16(tile + (row * kPitch<kMaxDim> + chunk * 8) * 2,
@@ -235,7 +195,7 @@ template <typename T, int kHidden>
 __device__ __forceinline__ void store_first(const CompressFwdParams& p, const Task& task,
                                             const int64_t* tokens, const T* hidden) {
   const int rows = kRows / task.split;
-  for (int i = threadIdx.x; i < rows * kHidden / 8; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * kHidden / 8; i += kRingThreads) {
     const int row = i / (kHidden / 8), f = i % (kHidden / 8) * 8, in_cluster = task.rank * rows + row;
     if (tokens[in_cluster] < 0 || f >= p.hidden_size) continue;
     T* dst = static_cast<T*>(p.out) +
@@ -245,19 +205,18 @@ __device__ __forceinline__ void store_first(const CompressFwdParams& p, const Ta
 }
 
 template <typename T, int kHidden>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kRingThreads, 1)
     compress_fwd_sm90(const CompressFwdParams p, const __grid_constant__ CUtensorMap w1_map, int split) {
   using L = Layout<kHidden>;
   extern __shared__ unsigned char shared[];
-  __shared__ __align__(8) uint64_t barrier_storage[2 * kStages];
+  __shared__ __align__(8) uint64_t barrier_storage[2 * kRingStages];
   __shared__ int64_t tokens[kRows];
   __shared__ float bias[kHidden];
   const uint32_t unaligned = ptx::shared_address(shared),
-                 ring = (unaligned + kAlignment - 1) / kAlignment * kAlignment;
-  T* hidden = reinterpret_cast<T*>(shared + (ring - unaligned) + L::kHiddenOffset);
-  const Barriers barriers{ptx::shared_address(barrier_storage),
-                          ptx::shared_address(barrier_storage + kStages)};
-  const bool mlp = p.kind == CompressKind::kMlp, consumes = threadIdx.x < kConsumerThreads;
+                 stages = (unaligned + kAlignment - 1) / kAlignment * kAlignment;
+  T* hidden = reinterpret_cast<T*>(shared + (stages - unaligned) + L::kHiddenOffset);
+  const SliceRing ring{ptx::shared_address(barrier_storage)};
+  const bool mlp = p.kind == CompressKind::kMlp, consumes = threadIdx.x < kRingConsumers;
 
   Task task;
   task.head = blockIdx.y;
@@ -273,24 +232,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     tokens[threadIdx.x] = first_token(p.seqs, p.blocks, p.num_rows, task.first_row + threadIdx.x);
     exists = tokens[threadIdx.x] >= 0;
   }
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::barrier_init(barriers.full_at(stage), 128 + 1);  // the producer's copies, and TMA
-      ptx::barrier_init(barriers.empty_at(stage), kConsumerWarps);
-    }
-    ptx::barrier_init_fence();
-  }
+  if (threadIdx.x == 0) ring.init();
   if (__syncthreads_or(exists) == 0) return;  // the same in the whole cluster
 
   float acc[kHidden / 2];
   if (consumes) {
-    for (int f = threadIdx.x; f < kHidden; f += kConsumerThreads)
+    for (int f = threadIdx.x; f < kHidden; f += kRingConsumers)
       bias[f] = f < p.hidden_size ? first_layer_bias<T>(p, p.per_head ? task.head : 0, f) : 0.f;
-    multiply_first<T, kHidden>(acc, task, ring, barriers);
+    const uint32_t rows = threadIdx.x / 128 * 64 * kPanelPitch;  // of this warpgroup
+    ring.consume(acc, 0, task.end - task.begin, [&](int stage, bool accumulate) {
+      const uint32_t a = stages + stage * L::kStageBytes, b = a + kABytes;
+#pragma unroll
+      for (int k = 0; k < kSlice; k += 16) {
+        ptx::wgmma_shared_natural<T, kHidden>(acc, k_major_descriptor(a + rows, kRows, k),
+                                              mn_major_descriptor(b, kSlice, k), accumulate || k > 0);
+      }
+    });
   } else {
-    produce<T, kHidden>(p, w1_map, task, tokens, ring, barriers);
+    produce<T, kHidden>(p, w1_map, task, tokens, stages, ring);
   }
-  __syncthreads();  // the ring is free
+  __syncthreads();  // the stages are free
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   if (split == 1) {
@@ -303,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     if (consumes) {
-      float4* sums = reinterpret_cast<float4*>(shared + (ring - unaligned));
+      float4* sums = reinterpret_cast<float4*>(shared + (stages - unaligned));
 #pragma unroll
       for (int q = 0; q < kHidden / 8; ++q) {
         sums[(warp * (kHidden / 8) + q) * 32 + lane] =
@@ -311,11 +272,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     ptx::cluster_sync();
-    if (consumes) reduce_cluster<T, kHidden>(ring, task, hidden, bias, mlp);
+    if (consumes) reduce_cluster<T, kHidden>(stages, task, hidden, bias, mlp);
     ptx::cluster_sync();  // nobody reads this block's sums any more
   }
   if (!consumes && mlp) {
-    load_second<T, kHidden>(p, task, ring);
+    load_second<T, kHidden>(p, task, stages);
     ptx::async_commit();
     ptx::async_wait<0>();
   }
@@ -323,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!mlp) {
     store_first<T, kHidden>(p, task, tokens, hidden);
   } else if (consumes) {
-    multiply_second<T, kHidden>(p, task, tokens, ring, ring + L::kHiddenOffset);
+    multiply_second<T, kHidden>(p, task, tokens, stages, stages + L::kHiddenOffset);
   }
 }
 
@@ -350,7 +311,7 @@ Status launch_clusters(const CompressFwdParams& p, const CUtensorMap& w1_map, co
   const int split = choose_split(tiles * p.num_heads, static_cast<int>(p.blocks.block) * p.head_dim / kSlice);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(tiles * split), static_cast<unsigned>(p.num_heads));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kRingThreads);
   config.dynamicSmemBytes = Layout<kHidden>::kBytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   cudaLaunchAttribute cluster;

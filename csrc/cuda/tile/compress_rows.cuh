@@ -27,6 +27,11 @@ __device__ inline int64_t first_token(const SequenceBatch& seqs, KeyBlocks block
   return exists ? token : -1;
 }
 
+// Blocks of a sequence that exist by the rule of first_token.
+__device__ inline int64_t count_blocks(const SequenceBatch& seqs, KeyBlocks blocks, const Sequence& seq) {
+  return blocks.count(min64(seq.k_len, seqs.key_rows - seq.k_begin));
+}
+
 // b1 + W1 . vec(PE) of hidden unit f, from the partial sums of compress_bias; a fixed order.
 template <typename T>
 __device__ __forceinline__ float first_layer_bias(const CompressFwdParams& p, int64_t h, int f) {
