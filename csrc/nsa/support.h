@@ -57,6 +57,7 @@ constexpr SupportRow kSupport[] = {
     {"append_kv", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"decode_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"compress", Path::kCudaSm90, kCudaDTypes, {{64, 64}, {128, 128}, {192, 192}, {256, 256}}},
     {"compressed_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"block_scores", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"select_blocks", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
