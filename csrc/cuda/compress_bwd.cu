@@ -28,8 +28,7 @@ Status compress_backward_steps(const CompressBwdParams& p, const Stream& stream,
   }
   const CompressBwdPlan plan(p, p.workspace);
   const bool mlp = f.kind == CompressKind::kMlp;
-  const bool first_bias = p.d_b1 != nullptr || p.d_pe != nullptr || (p.d_w1 != nullptr && f.pe != nullptr);
-  const bool hidden = first_bias || p.dx != nullptr || p.d_w1 != nullptr || p.d_w2 != nullptr;
+  const bool hidden = needs_hidden_sum(p) || p.dx != nullptr || p.d_w1 != nullptr || p.d_w2 != nullptr;
 
   Status status;
   const auto run = [&](bool wanted, auto&& step) {
@@ -43,8 +42,8 @@ Status compress_backward_steps(const CompressBwdParams& p, const Stream& stream,
   run(hidden && mlp, recompute_hidden);
   run(hidden && mlp, steps::compress_bwd_hidden);
   run(hidden && !mlp, steps::compress_bwd_linear);
-  run(first_bias, steps::compress_bwd_first_bias);
-  run(p.d_b2 != nullptr, steps::compress_bwd_second_bias);
+  run(needs_hidden_sum(p) || p.d_b2 != nullptr, steps::compress_bwd_biases);
+  run(p.d_pe != nullptr, steps::compress_bwd_pe);
   run_best(p.d_w1 != nullptr, sm90::compress_bwd_first_weight, steps::compress_bwd_first_weight);
   run(p.d_w1 != nullptr, steps::compress_bwd_add_first);
   run(p.d_w2 != nullptr, steps::compress_bwd_second_weight);

@@ -53,4 +53,9 @@ struct CompressBwdPlan {
   }
 };
 
+// The sum of dZ over rows is db1, dPE = W1 . db1, and dW1 has a part PE . db1^T.
+inline bool needs_hidden_sum(const CompressBwdParams& p) {
+  return p.d_b1 != nullptr || p.d_pe != nullptr || (p.d_w1 != nullptr && p.fwd.pe != nullptr);
+}
+
 }  // namespace nsa::cuda

@@ -33,65 +33,71 @@ __global__ void __launch_bounds__(kThreads)
   static_cast<Vector<T>*>(plan.dz)[i] = v;
 }
 
-// What is summed over rows: dZ (for db1) or dOut (for db2).
-enum class Summed { kHidden, kOut };
+// Sums over rows of dZ (for db1) and of dOut (for db2), both in one launch: `set` counts parameter heads of
+// the one, then of the other.
+struct ColumnSum {
+  bool hidden;  // dZ
+  int64_t h;
+  int width;
 
-// One of kColumnParts partial sums over the rows of a parameter head, 256 columns of a warp's width.
-template <typename T, Summed kWhich>
+  __device__ ColumnSum(const CompressFwdParams& p, int set) {
+    const int heads = p.per_head ? p.num_heads : 1;
+    hidden = set < heads;
+    h = set % heads;
+    width = hidden ? p.hidden_size : p.head_dim;
+  }
+};
+
+// One of kColumnParts partial sums over the rows of a parameter head; a warp reads 256 columns.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    compress_bwd_columns_portable(const CompressBwdParams bwd, const CompressBwdPlan plan) {
+    compress_bwd_columns_portable(const CompressBwdParams bwd, const CompressBwdPlan plan, int first_set) {
   __shared__ float sums[kWarps][32 * kVector];
   const CompressFwdParams& p = bwd.fwd;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = blockIdx.x, h = blockIdx.z;
-  const int width = kWhich == Summed::kHidden ? p.hidden_size : p.head_dim;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = blockIdx.x, set = first_set + blockIdx.z;
+  const ColumnSum column_sum(p, set);
   const int first = blockIdx.y * 32 * kVector, column = first + lane * kVector;
   const int64_t rows = p.num_rows * (p.per_head ? 1 : p.num_heads);
   const int64_t begin = rows * part / CompressBwdPlan::kColumnParts,
                 end = rows * (part + 1) / CompressBwdPlan::kColumnParts;
+  const T* data = static_cast<const T*>(column_sum.hidden ? plan.dz : bwd.d_out.data) + column;
+  const int64_t stride_head = column_sum.hidden ? p.hidden_size : bwd.d_out.stride_head;
+  const int64_t stride_row = column_sum.hidden ? stride_head * p.num_heads : bwd.d_out.stride_row;
   float sum[kVector] = {};
 #pragma unroll 4
-  for (int64_t i = begin + warp; column < width && i < end; i += kWarps) {
-    const int64_t row = p.per_head ? i : i / p.num_heads, head = p.per_head ? h : i % p.num_heads;
+  for (int64_t i = begin + warp; column < column_sum.width && i < end; i += kWarps) {
+    const int64_t row = p.per_head ? i : i / p.num_heads, head = p.per_head ? column_sum.h : i % p.num_heads;
+    const bool exists = plan.tokens[row] >= 0;
     float x[kVector];
-    if constexpr (kWhich == Summed::kHidden) {
-      load_floats(x, static_cast<const T*>(plan.dz) + (row * p.num_heads + head) * p.hidden_size + column);
+    load_floats(x, data + row * stride_row + head * stride_head);
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) sum[c] += x[c];
-    } else {
-      const bool exists = plan.tokens[row] >= 0;
-      load_floats(x, static_cast<const T*>(bwd.d_out.data) + row * bwd.d_out.stride_row +
-                         head * bwd.d_out.stride_head + column);
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) sum[c] += exists ? x[c] : 0.f;
-    }
+    for (int c = 0; c < kVector; ++c) sum[c] += exists ? x[c] : 0.f;
   }
 #pragma unroll
   for (int c = 0; c < kVector; ++c) sums[warp][lane * kVector + c] = sum[c];
   __syncthreads();
-  if (first + static_cast<int>(threadIdx.x) >= width) return;
+  if (first + static_cast<int>(threadIdx.x) >= column_sum.width) return;
   float total = 0.f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) total += sums[i][threadIdx.x];
-  const int64_t set = (kWhich == Summed::kHidden ? 0 : gridDim.z) + h;
-  plan.columns[(set * CompressBwdPlan::kColumnParts + part) * plan.width + first + threadIdx.x] = total;
+  const int64_t at = static_cast<int64_t>(set) * CompressBwdPlan::kColumnParts + part;
+  plan.columns[at * plan.width + first + threadIdx.x] = total;
 }
 
 // The sum of the parts, into the gradient of a bias; that of dZ is kept for dW1 and dPE.
-template <Summed kWhich>
 __global__ void __launch_bounds__(kThreads)
-    compress_bwd_bias_portable(const CompressBwdParams bwd, const CompressBwdPlan plan) {
-  const CompressFwdParams& p = bwd.fwd;
-  const int column = blockIdx.x * kThreads + threadIdx.x, h = blockIdx.y;
-  const int width = kWhich == Summed::kHidden ? p.hidden_size : p.head_dim;
-  if (column >= width) return;
-  const int64_t set = (kWhich == Summed::kHidden ? 0 : gridDim.y) + h;
+    compress_bwd_bias_portable(const CompressBwdParams bwd, const CompressBwdPlan plan, int first_set) {
+  const int column = blockIdx.x * kThreads + threadIdx.x, set = first_set + blockIdx.y;
+  const ColumnSum column_sum(bwd.fwd, set);
+  if (column >= column_sum.width) return;
+  const float* part =
+      plan.columns + static_cast<int64_t>(set) * CompressBwdPlan::kColumnParts * plan.width + column;
   float sum = 0.f;
-#pragma unroll 16
-  for (int part = 0; part < CompressBwdPlan::kColumnParts; ++part)
-    sum += plan.columns[(set * CompressBwdPlan::kColumnParts + part) * plan.width + column];
-  float* bias = static_cast<float*>(kWhich == Summed::kHidden ? bwd.d_b1 : bwd.d_b2);
-  if (bias != nullptr) bias[h * width + column] += sum;
-  if constexpr (kWhich == Summed::kHidden) plan.d_b1[h * width + column] = sum;
+#pragma unroll 32
+  for (int i = 0; i < CompressBwdPlan::kColumnParts; ++i) sum += part[static_cast<int64_t>(i) * plan.width];
+  float* bias = static_cast<float*>(column_sum.hidden ? bwd.d_b1 : bwd.d_b2);
+  if (bias != nullptr) bias[column_sum.h * column_sum.width + column] += sum;
+  if (column_sum.hidden) plan.d_b1[column_sum.h * column_sum.width + column] = sum;
 }
 
 // dPE = W1 . db1: a warp per row of W1.
@@ -184,21 +190,6 @@ dim3 grid_for(int64_t elements, int64_t y = 1) {
   return dim3(static_cast<unsigned>(ceil_div(elements, kThreads)), static_cast<unsigned>(y));
 }
 
-template <Summed kWhich>
-Status sum_columns(const CompressBwdParams& p, const CompressBwdPlan& plan, const Stream& stream) {
-  const int width = kWhich == Summed::kHidden ? p.fwd.hidden_size : p.fwd.head_dim;
-  const int heads = p.fwd.per_head ? p.fwd.num_heads : 1;
-  const Status status = dispatch_half(p.fwd.dtype, [&]<typename T>() {
-    const dim3 grid(CompressBwdPlan::kColumnParts, static_cast<unsigned>(ceil_div(width, 32 * kVector)),
-                    static_cast<unsigned>(heads));
-    return launch("compress_bwd_columns_portable", compress_bwd_columns_portable<T, kWhich>, grid, kThreads,
-                  0, stream, p, plan);
-  });
-  if (!status.ok()) return status;
-  return launch("compress_bwd_bias_portable", compress_bwd_bias_portable<kWhich>, grid_for(width, heads),
-                kThreads, 0, stream, p, plan);
-}
-
 template <bool kFirst>
 Status add_weight(const CompressBwdParams& p, const CompressBwdPlan& plan, const Stream& stream) {
   const CompressFwdParams& f = p.fwd;
@@ -225,21 +216,27 @@ Status compress_bwd_linear(const CompressBwdParams& p, const CompressBwdPlan& pl
   });
 }
 
-Status compress_bwd_first_bias(const CompressBwdParams& p, const CompressBwdPlan& plan,
-                               const Stream& stream) {
-  Status status = sum_columns<Summed::kHidden>(p, plan, stream);
-  if (!status.ok() || p.d_pe == nullptr) return status;
+Status compress_bwd_biases(const CompressBwdParams& p, const CompressBwdPlan& plan, const Stream& stream) {
+  const int heads = p.fwd.per_head ? p.fwd.num_heads : 1;
+  const int first = needs_hidden_sum(p) ? 0 : heads, sets = (p.d_b2 != nullptr ? 2 : 1) * heads - first;
+  const Status status = dispatch_half(p.fwd.dtype, [&]<typename T>() {
+    const dim3 grid(CompressBwdPlan::kColumnParts, static_cast<unsigned>(ceil_div(plan.width, 32 * kVector)),
+                    static_cast<unsigned>(sets));
+    return launch("compress_bwd_columns_portable", compress_bwd_columns_portable<T>, grid, kThreads, 0,
+                  stream, p, plan, first);
+  });
+  if (!status.ok()) return status;
+  return launch("compress_bwd_bias_portable", compress_bwd_bias_portable, grid_for(plan.width, sets),
+                kThreads, 0, stream, p, plan, first);
+}
+
+Status compress_bwd_pe(const CompressBwdParams& p, const CompressBwdPlan& plan, const Stream& stream) {
   const int64_t depth = p.fwd.blocks.block * p.fwd.head_dim;
   const dim3 grid(static_cast<unsigned>(ceil_div(depth, kWarps)), p.fwd.per_head ? p.fwd.num_heads : 1);
   return dispatch_half(p.fwd.dtype, [&]<typename T>() {
     return launch("compress_bwd_pe_portable", compress_bwd_pe_portable<T>, grid, kThreads, 0, stream, p,
                   plan);
   });
-}
-
-Status compress_bwd_second_bias(const CompressBwdParams& p, const CompressBwdPlan& plan,
-                                const Stream& stream) {
-  return sum_columns<Summed::kOut>(p, plan, stream);
 }
 
 Status compress_bwd_add_first(const CompressBwdParams& p, const CompressBwdPlan& plan, const Stream& stream) {

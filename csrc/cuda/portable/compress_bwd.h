@@ -11,8 +11,8 @@ namespace nsa::cuda::portable {
 NSA_DECLARE_STEP(compress_bwd_tokens)         // plan.tokens
 NSA_DECLARE_STEP(compress_bwd_linear)         // kLinear: dZ
 NSA_DECLARE_STEP(compress_bwd_hidden)         // kMlp: Z in plan.dz -> dZ there, and silu(Z)
-NSA_DECLARE_STEP(compress_bwd_first_bias)     // db1 and dPE
-NSA_DECLARE_STEP(compress_bwd_second_bias)    // db2
+NSA_DECLARE_STEP(compress_bwd_biases)         // db1 and db2
+NSA_DECLARE_STEP(compress_bwd_pe)             // dPE, from db1
 NSA_DECLARE_STEP(compress_bwd_first_weight)   // the partial sums of dW1
 NSA_DECLARE_STEP(compress_bwd_second_weight)  // the partial sums of dW2
 NSA_DECLARE_STEP(compress_bwd_add_first)      // dW1 from them and db1

@@ -97,30 +97,41 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [](int) { return kSlice; });
 
+  const int64_t stride_row = static_cast<int64_t>(p.num_heads) * p.hidden_size;
+  const int column = first_column + warp_column(warp) + (lane & 3) * 2;
+  const int64_t row0 = first_row + warp_row(warp) + lane / 4;
+  const int64_t corner = row0 * stride_row + static_cast<int64_t>(head) * p.hidden_size + column;
+  T *dz = static_cast<T*>(plan.dz) + corner, *act = static_cast<T*>(plan.act) + corner;
 #pragma unroll
   for (int s = 0; s < kSlabs; ++s) {
+    uint32_t z[2][2 * kPairs];  // a slab's first, because its loads would wait for the stores in between
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + warp_row(warp) + s * 16 + lane / 4 + 8 * half;
-      if (row >= p.num_rows) continue;
-      const bool is_block = exists(row);
+      const bool is_block = exists(row0 + s * 16 + half * 8);
 #pragma unroll
       for (int n = 0; n < 2 * kPairs; ++n) {
-        const int f = first_column + warp_column(warp) + n * 8 + (lane & 3) * 2;
-        if (f >= p.hidden_size) continue;
-        const int64_t at = (row * p.num_heads + head) * p.hidden_size + f;
-        float dz[2] = {}, act[2] = {};
-        const uint32_t packed = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(plan.dz) + at);
+        z[half][n] = 0;  // of rows of no block, which have dH = 0 too
+        if (is_block && column + n * 8 < p.hidden_size)
+          z[half][n] = *reinterpret_cast<const uint32_t*>(dz + (s * 16 + half * 8) * stride_row + n * 8);
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (!is_block) continue;
-          const float z = to_float(reinterpret_cast<const T*>(&packed)[i]),
-                      sigmoid = 1.f / (1.f + __expf(-z));
-          act[i] = z * sigmoid;
-          dz[i] = acc[s][n][2 * half + i] * sigmoid * (1.f + z * (1.f - sigmoid));
+    for (int half = 0; half < 2; ++half) {
+      if (row0 + s * 16 + half * 8 >= p.num_rows) continue;
+#pragma unroll
+      for (int n = 0; n < 2 * kPairs; ++n) {
+        if (column + n * 8 >= p.hidden_size) continue;
+        float d[2], a[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float x = to_float(reinterpret_cast<const T*>(&z[half][n])[c]);
+          const float sigmoid = 1.f / (1.f + __expf(-x));
+          a[c] = x * sigmoid;
+          d[c] = acc[s][n][2 * half + c] * sigmoid * (1.f + x * (1.f - sigmoid));
         }
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(plan.dz) + at) = ptx::pack2<T>(dz[0], dz[1]);
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(plan.act) + at) = ptx::pack2<T>(act[0], act[1]);
+        const int64_t at = (s * 16 + half * 8) * stride_row + n * 8;
+        *reinterpret_cast<uint32_t*>(dz + at) = ptx::pack2<T>(d[0], d[1]);
+        *reinterpret_cast<uint32_t*>(act + at) = ptx::pack2<T>(a[0], a[1]);
       }
     }
   }

@@ -45,22 +45,22 @@ __global__ void __launch_bounds__(kThreads) gated_combine_bwd_portable(const Gat
 
   const T* d_o = row_of<T>(p.d_o, visible ? row : 0, p.num_heads);
   for (int chunk = lane; exists && chunk < chunks; chunk += kLanes) {
-    float x[kVector] = {};
+    const int64_t at = row * p.head_dim_v + chunk * kVector;
+    float x[kVector] = {}, o[kNumBranches][kVector] = {};  // every load is under way before the first is used
     if (visible) load_floats(x, d_o + chunk * kVector);
 #pragma unroll
     for (int b = 0; b < kNumBranches; ++b) {
-      const int64_t at = row * p.head_dim_v + chunk * kVector;
-      if (visible && (p.delta[b] != nullptr || p.d_gate_logits != nullptr)) {
-        float o[kVector];
-        load_floats(o, static_cast<const T*>(p.o_branch[b]) + at);
-        d_gate[b] += dot(x, o);
-      }
-      if (p.d_o_branch[b] != nullptr) {
-        float scaled[kVector];
+      if (visible && (p.delta[b] != nullptr || p.d_gate_logits != nullptr))
+        load_floats(o[b], static_cast<const T*>(p.o_branch[b]) + at);
+    }
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) scaled[i] = gate[b] * x[i];
-        store_floats(static_cast<T*>(p.d_o_branch[b]) + at, scaled);
-      }
+    for (int b = 0; b < kNumBranches; ++b) {
+      d_gate[b] += dot(x, o[b]);
+      if (p.d_o_branch[b] == nullptr) continue;
+      float scaled[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) scaled[i] = gate[b] * x[i];
+      store_floats(static_cast<T*>(p.d_o_branch[b]) + at, scaled);
     }
   }
 #pragma unroll

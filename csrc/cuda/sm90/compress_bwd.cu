@@ -2,13 +2,13 @@
 // of 64 of the summed dimension through the ring of compress_ring.cuh.
 #include "cuda/host/launch_kernel.h"
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "cuda/sm90/compress_bwd.h"
 #include "cuda/sm90/compress_ring.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/compress_rows.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
-#include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::sm90 {
 namespace {
@@ -199,22 +199,23 @@ __device__ __forceinline__ void store_input(const CompressBwdParams& bwd, const 
                                             const float (&acc)[kColumns / 2], int first_column) {
   const CompressFwdParams& p = bwd.fwd;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int odd = lane & 1;
 #pragma unroll
-  for (int q = 0; q < kColumns / 8; q += 4) {  // 32 columns lie within one token
-    float out[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) out[i / 4][i % 4] = acc[4 * q + i];
-    const int column = first_column + q * 8;
+  for (int q = 0; q < kColumns / 8; q += 2) {  // 16 columns lie within one token
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      // Neighbouring lanes exchange, so that each has four columns: the even lane of tile q, the odd of q
+      // + 1.
+      const float* x = acc + 4 * q + 2 * half;
+      const uint32_t first = ptx::pack2<T>(x[0], x[1]), second = ptx::pack2<T>(x[4], x[5]);
+      const uint32_t received = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      const int column = first_column + (q + odd) * 8 + (lane & 2) * 2;
       const int64_t run = task.first_run + warp * 16 + lane / 4 + 8 * half;
       const int64_t token = run * p.blocks.stride + column / p.head_dim;
-      T* dst = nullptr;
-      if (token < task.tile.seq.q_len) {
-        dst = static_cast<T*>(bwd.dx) +
-              ((task.tile.seq.q_begin + token) * p.num_heads + task.head) * p.head_dim + column % p.head_dim;
-      }
-      store_row(dst, out, half, 1.f, lane);
+      if (token >= task.tile.seq.q_len) continue;
+      T* dst = static_cast<T*>(bwd.dx) +
+               ((task.tile.seq.q_begin + token) * p.num_heads + task.head) * p.head_dim + column % p.head_dim;
+      *reinterpret_cast<uint2*>(dst) = odd ? make_uint2(received, second) : make_uint2(first, received);
     }
   }
 }
