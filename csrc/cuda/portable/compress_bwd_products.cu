@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float x = to_float(reinterpret_cast<const T*>(&z[half][n])[c]);
-          const float sigmoid = 1.f / (1.f + __expf(-x));
+          const float sigmoid = __fdividef(1.f, 1.f + __expf(-x));
           a[c] = x * sigmoid;
           d[c] = acc[s][n][2 * half + c] * sigmoid * (1.f + x * (1.f - sigmoid));
         }

@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kThreads) compress_fwd_portable(const Compress
         for (int half = 0; half < 2; ++half) {
           float x = acc[s][n][2 * half] + bias[f], y = acc[s][n][2 * half + 1] + bias[f + 1];
           if (mlp) {
-            x = x / (1.f + __expf(-x));
-            y = y / (1.f + __expf(-y));
+            x = __fdividef(x, 1.f + __expf(-x));
+            y = __fdividef(y, 1.f + __expf(-y));
           }
           const int row = row1 + s * 16 + lane / 4 + 8 * half;
           *reinterpret_cast<uint32_t*>(hidden + row * kPitch<kColumns> + f) = ptx::pack2<T>(x, y);

@@ -110,7 +110,7 @@ __device__ __forceinline__ void activate(float4 v, T* hidden, const float* bias,
   float x[4] = {v.x + bias[column], v.y + bias[column + 1], v.z + bias[column], v.w + bias[column + 1]};
   if (mlp) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = x[i] / (1.f + __expf(-x[i]));
+    for (int i = 0; i < 4; ++i) x[i] = __fdividef(x[i], 1.f + __expf(-x[i]));
   }
   *reinterpret_cast<uint32_t*>(hidden + row * kPitch<kHidden> + column) = ptx::pack2<T>(x[0], x[1]);
   *reinterpret_cast<uint32_t*>(hidden + (row + 8) * kPitch<kHidden> + column) = ptx::pack2<T>(x[2], x[3]);
