@@ -129,11 +129,11 @@ __device__ __forceinline__ void claim_registers() {
                "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, " a ", " b ", p, 1, 1, 1, 1;\n}" \
                : NSA_ACC_##kRegisters(0)                                                                     \
                : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
-#define NSA_WGMMA_REGISTERS(kN, kRegisters, type, a0, a1, a2, a3, b, flag)                                \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN     \
-               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters "}, {" a0 ", " a1 ", " a2 ", " a3 \
-                                                                        "}, " b ", p, 1, 1, 1;\n}"        \
-               : NSA_ACC_##kRegisters(0)                                                                  \
+#define NSA_WGMMA_REGISTERS(kN, kRegisters, type, transposed, a0, a1, a2, a3, b, flag)                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN \
+               "k16.f32." type "." type " {" NSA_REGISTERS_##kRegisters                               \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, " transposed ";\n}"              \
+               : NSA_ACC_##kRegisters(0)                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(static_cast<int>(accumulate)))
 
 template <typename T>
@@ -199,13 +199,35 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint
                                                 bool accumulate) {
   static_assert(kN == 64 || kN == 128 || kN == 192);
   if constexpr (kIsHalf<T>) {
-    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "%32", "%33", "%34", "%35", "%36", "%37");
-    if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68", "%69");
-    if constexpr (kN == 192) NSA_WGMMA_REGISTERS(192, 96, "f16", "%96", "%97", "%98", "%99", "%100", "%101");
+    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "1", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128)
+      NSA_WGMMA_REGISTERS(128, 64, "f16", "1", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192)
+      NSA_WGMMA_REGISTERS(192, 96, "f16", "1", "%96", "%97", "%98", "%99", "%100", "%101");
   } else {
-    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "bf16", "%32", "%33", "%34", "%35", "%36", "%37");
-    if constexpr (kN == 128) NSA_WGMMA_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68", "%69");
-    if constexpr (kN == 192) NSA_WGMMA_REGISTERS(192, 96, "bf16", "%96", "%97", "%98", "%99", "%100", "%101");
+    if constexpr (kN == 64)
+      NSA_WGMMA_REGISTERS(64, 32, "bf16", "1", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128)
+      NSA_WGMMA_REGISTERS(128, 64, "bf16", "1", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192)
+      NSA_WGMMA_REGISTERS(192, 96, "bf16", "1", "%96", "%97", "%98", "%99", "%100", "%101");
+  }
+}
+
+// PTX: wgmma.mma_async. acc (+)= A . B^T: A [64 x 16] in registers, B [kN x 16] K-major in shared memory.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const uint32_t (&a)[4],
+                                                     uint64_t b_desc, bool accumulate) {
+  static_assert(kN == 64 || kN == 128);
+  if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "0", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128)
+      NSA_WGMMA_REGISTERS(128, 64, "f16", "0", "%64", "%65", "%66", "%67", "%68", "%69");
+  } else {
+    if constexpr (kN == 64)
+      NSA_WGMMA_REGISTERS(64, 32, "bf16", "0", "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 128)
+      NSA_WGMMA_REGISTERS(128, 64, "bf16", "0", "%64", "%65", "%66", "%67", "%68", "%69");
   }
 }
 

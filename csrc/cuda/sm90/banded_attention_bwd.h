@@ -20,7 +20,9 @@ constexpr int kConsumers = 2;  // warpgroups that multiply; a third one brings t
 
 // By key tile, a consumer owns 64 keys: dK and dV take (kDimQK + kDimV) / 2 of its 232 registers, scores and
 // their gradients kQueryRows. By query tile it owns 64 query rows: dQ takes kDimQK / 2, scores and their
-// gradients kWalkedKeys. The stages fill what 227 KB leave beside the tiles that stay.
+// gradients kWalkedKeys, and Q and dO (kDimQK + kDimV) / 4 where kRowsInRegisters: that saves reading them
+// from shared memory for every key tile, whose bandwidth is what bounds the kernel, and frees their tiles for
+// the next item at once. The stages fill what 227 KB leave beside the tiles that stay.
 template <int kDimQK, int kDimV>
 struct BandedBwdConfig {
   static constexpr int kThreads = (kConsumers + 1) * 128;
@@ -29,8 +31,9 @@ struct BandedBwdConfig {
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kQueryRows = kDimQK > 128 ? 32 : 64;
   static constexpr int kQueryStages = kDimQK > 128 ? 6 : 4;
-  static constexpr int kWalkedKeys = kDimQK > 128 ? 64 : 128;
-  static constexpr int kKeyStages = kDimQK > 128 ? 3 : kDimQK > 64 ? 2 : 4;
+  static constexpr bool kRowsInRegisters = kDimQK <= 128;
+  static constexpr int kWalkedKeys = kDimQK > 64 ? 64 : 128;
+  static constexpr int kKeyStages = kDimQK > 128 ? 3 : kDimQK > 64 ? 5 : 4;
 };
 
 struct BandedBwdMaps {
@@ -92,6 +95,26 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kN / 2], uint32_t a, 
 #pragma unroll
   for (int d = 0; d < kDim; d += 16)
     ptx::wgmma_shared<T, kN>(acc, k_major_descriptor(a, rows_a, d), k_major_descriptor(b, kN, d), d > 0);
+  ptx::wgmma_commit();
+}
+
+// The A fragments of 64 rows of a tile, for one warp's 16 of them.
+template <int kDim>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[kDim / 16][4], uint32_t tile, int warp,
+                                               int lane) {
+  const int row = warp * 16 + (lane & 15);
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i)
+    ptx::load_matrices(a[i], tile + swizzled_offset(kWarpgroupRows, row, 2 * i + (lane >> 4)));
+}
+
+// acc = A . B^T over kDim, A in registers, B a tile of kN rows.
+template <typename T, int kDim, int kN>
+__device__ __forceinline__ void multiply_rows(float (&acc)[kN / 2], const uint32_t (&a)[kDim / 16][4],
+                                              uint32_t b) {
+#pragma unroll
+  for (int d = 0; d < kDim; d += 16)
+    ptx::wgmma_registers_rows<T, kN>(acc, a[d / 16], k_major_descriptor(b, kN, d), d > 0);
   ptx::wgmma_commit();
 }
 

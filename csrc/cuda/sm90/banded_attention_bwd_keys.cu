@@ -251,6 +251,7 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
     ptx::wgmma_wait<1>();
     ptx::pin_registers(s);
     step.probabilities(s);
+    ptx::pin_registers(s);  // while dP is multiplied, not behind it
     ptx::wgmma_wait<0>();
     ptx::pin_registers(dp);
     step.gradients(prob, ds, s, dp);

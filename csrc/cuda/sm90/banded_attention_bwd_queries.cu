@@ -208,6 +208,13 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
     const int oldest = item.position + consumer * part, newest = oldest + part - 1;
     const bool whole_rows = (consumer + 1) * part <= item.tokens;
     int begin = item.lo;
+    [[maybe_unused]] uint32_t q_fragments[kDimQK / 16][4], d_o_fragments[kDimV / 16][4];
+    if constexpr (Layout::kRowsInRegisters) {
+      load_fragments<kDimQK>(q_fragments, q, threadIdx.x / 32 % 4, lane);
+      load_fragments<kDimV>(d_o_fragments, d_o, threadIdx.x / 32 % 4, lane);
+      __syncwarp();
+      ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0);
+    }
     float dq[kDimQK / 2];
 #pragma unroll
     for (float& x : dq) x = 0.f;
@@ -220,16 +227,23 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
       ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
       ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
       ptx::wgmma_fence();
-      multiply_rows<T, kDimQK, kKeys>(s, q, kWarpgroupRows, k);
-      multiply_rows<T, kDimV, kKeys>(dp, d_o, kWarpgroupRows, v);
+      if constexpr (Layout::kRowsInRegisters) {
+        multiply_rows<T, kDimQK, kKeys>(s, q_fragments, k);
+        multiply_rows<T, kDimV, kKeys>(dp, d_o_fragments, v);
+      } else {
+        multiply_rows<T, kDimQK, kKeys>(s, q, kWarpgroupRows, k);
+        multiply_rows<T, kDimV, kKeys>(dp, d_o, kWarpgroupRows, v);
+      }
       ptx::wgmma_wait<1>();
       ptx::pin_registers(s);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] = ptx::exp2_approx(fmaf(s[i], scale, -rows.lse[i / 2 % 2]));
+      ptx::pin_registers(s);  // while dP is multiplied, not behind it
       ptx::wgmma_wait<0>();
       ptx::pin_registers(dp);
       ptx::barrier_arrive_if(base + Layout::kEmptyV + 8 * ring.slot, lane == 0);
-      ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0 && last);
+      if constexpr (!Layout::kRowsInRegisters)
+        ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0 && last);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2) {
         const int h = i / 2 % 2;

@@ -60,7 +60,7 @@ __global__ void copy_through_tile(const __grid_constant__ CUtensorMap map, int f
 }
 
 // scores = a . b^T (both K-major), then out = scores . v with v [kN x kDim], by one warpgroup.
-template <typename T, int kN, int kDim>
+template <typename T, int kN, int kDim, bool kFromRegisters>
 __global__ void multiply_tiles(const __grid_constant__ CUtensorMap a_map,
                                const __grid_constant__ CUtensorMap b_map, float* scores, float* out) {
   extern __shared__ unsigned char shared[];
@@ -81,8 +81,19 @@ __global__ void multiply_tiles(const __grid_constant__ CUtensorMap a_map,
 
   float s[kN / 2];
   ptx::wgmma_fence();
-  for (int k = 0; k < kDim; k += 16)
-    ptx::wgmma_shared<T, kN>(s, k_major_descriptor(a, 64, k), k_major_descriptor(b, kN, k), k > 0);
+  for (int k = 0; k < kDim; k += 16) {
+    if constexpr (kFromRegisters) {
+      uint32_t fragment[4];
+      ptx::load_matrices(fragment, a + swizzled_offset(64, threadIdx.x / 32 * 16 + threadIdx.x % 16,
+                                                       k / 8 + threadIdx.x % 32 / 16));
+      ptx::wgmma_fence();
+      ptx::wgmma_registers_rows<T, kN>(s, fragment, k_major_descriptor(b, kN, k), k > 0);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+    } else {
+      ptx::wgmma_shared<T, kN>(s, k_major_descriptor(a, 64, k), k_major_descriptor(b, kN, k), k > 0);
+    }
+  }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::pin_registers(s);
@@ -109,7 +120,7 @@ void allow_shared(Kernel kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-template <typename T, int kN, int kDim>
+template <typename T, int kN, int kDim, bool kFromRegisters = false>
 void check_products() {
   const auto a_host = small_integers<T>(64 * kDim, 1), b_host = small_integers<T>(kN * kDim, 2);
   const nsa_test::DeviceArray<T> a(a_host), b(b_host);
@@ -120,8 +131,8 @@ void check_products() {
   REQUIRE(sm90::make_tensor_map(&a_map, kTestDType<T>, a_view, 64, 1, kDim, 64, 1));
   REQUIRE(sm90::make_tensor_map(&b_map, kTestDType<T>, b_view, kN, 1, kDim, kN, 1));
   const int bytes = kAlignment + swizzled_tile_bytes<kDim>(64 + kN);
-  allow_shared(multiply_tiles<T, kN, kDim>, bytes);
-  multiply_tiles<T, kN, kDim><<<1, 128, bytes>>>(a_map, b_map, scores.data, out.data);
+  allow_shared(multiply_tiles<T, kN, kDim, kFromRegisters>, bytes);
+  multiply_tiles<T, kN, kDim, kFromRegisters><<<1, 128, bytes>>>(a_map, b_map, scores.data, out.data);
   REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
   const auto s = scores.host(), o = out.host();
   double worst_score = 0, worst_out = 0;
@@ -190,6 +201,8 @@ TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
   check_products<__nv_bfloat16, 32, 128>();
   check_products<__nv_bfloat16, 128, 192>();
   check_products<__half, 32, 192>();
+  check_products<__nv_bfloat16, 64, 128, true>();
+  check_products<__half, 128, 64, true>();
   check_products<__half, 64, 128>();
   check_products<__half, 128, 64>();
   check_products<__half, 176, 128>();
