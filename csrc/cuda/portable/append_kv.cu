@@ -12,8 +12,9 @@ namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements of 16 bits in 16 bytes
-constexpr int kHeads = 4;   // that share one read of the weights
+constexpr int kVector = 8;    // elements of 16 bits in 16 bytes
+constexpr int kHeads = 4;     // that share one read of the weights
+constexpr int kMaxSlots = 8;  // thread blocks for each token of a block: few sequences complete one at a time
 constexpr int kMaxHidden = 2048;
 constexpr int kMaxDim = 256;
 
@@ -36,8 +37,8 @@ struct NewBlocks {
   int first, count;
 
   __device__ NewBlocks(KeyBlocks blocks, const Sequence& seq)
-      : first(static_cast<int>(blocks.count(seq.k_len - seq.q_len))),
-        count(static_cast<int>(blocks.count(seq.k_len)) - first) {}
+      : first(CachedKeyBlocks(blocks).count(static_cast<int>(seq.k_len - seq.q_len))),
+        count(CachedKeyBlocks(blocks).count(static_cast<int>(seq.k_len)) - first) {}
   __device__ int num_tokens(KeyBlocks blocks) const {
     return count > 0 ? static_cast<int>((count - 1) * blocks.stride + blocks.block) : 0;
   }
@@ -61,74 +62,77 @@ __device__ __forceinline__ const T* phi_token(const TokenStream& stream, const S
     return static_cast<const T*>(stream.cmp.data) + (seq.q_begin + fresh) * stream.cmp.stride_row +
            head * stream.cmp.stride_head;
   }
-  const int slot = static_cast<int>(t % stream.tail.page_rows);
+  const int slot = t % static_cast<int>(stream.tail.page_rows);
   return static_cast<const T*>(stream.tail.data) + cached_offset(stream.tail, b, slot, head);
 }
 
 // One token's share of W1 . vec(X + PE), for the heads of a block; kMean: the token itself.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    append_hidden_portable(const AppendKvParams p, const AppendPlan plan) {
+__global__ void __launch_bounds__(kThreads) append_hidden_portable(const __grid_constant__ AppendKvParams p,
+                                                                   const __grid_constant__ AppendPlan plan) {
   __shared__ float x[kHeads][kMaxDim];
   __shared__ float sums[kThreads * kHeads * kVector];
   const TokenStream& stream = stream_of(p, blockIdx.y);
   const CompressFwdParams& phi = stream.phi;
-  const int64_t b = blockIdx.z / plan.blocks_per_sequence;
-  const int j = blockIdx.z % plan.blocks_per_sequence, offset = blockIdx.x;
-  const Sequence seq = clamped_sequence(p.seqs, b);
-  const NewBlocks blocks(phi.blocks, seq);
-  if (j >= blocks.count) return;
-  const int t = static_cast<int>((blocks.first + j) * phi.blocks.stride) + offset;
-  const int dim = phi.head_dim, hidden = phi.hidden_size, heads = phi.num_heads;
-  const int64_t length = phi.blocks.block;
-  float* out = plan.hidden[blockIdx.y] + (int64_t{blockIdx.z} * heads * length + offset) * hidden;
+  const int offset = blockIdx.x, num_slots = static_cast<int>(p.seqs.batch) * plan.blocks_per_sequence;
+  for (int slot = blockIdx.z; slot < num_slots; slot += gridDim.z) {
+    const int64_t b = slot / plan.blocks_per_sequence;
+    const int j = slot % plan.blocks_per_sequence;
+    const Sequence seq = clamped_sequence(p.seqs, b);
+    const NewBlocks blocks(phi.blocks, seq);
+    if (j >= blocks.count) continue;
+    const int t = static_cast<int>((blocks.first + j) * phi.blocks.stride) + offset;
+    const int dim = phi.head_dim, hidden = phi.hidden_size, heads = phi.num_heads;
+    const int64_t length = phi.blocks.block;
+    float* out = plan.hidden[blockIdx.y] + (int64_t{slot} * heads * length + offset) * hidden;
 
-  const int per_pass = phi.per_head ? 1 : kHeads, vectors = hidden / kVector, parts = kThreads / vectors;
-  const int vector = threadIdx.x % vectors, part = threadIdx.x / vectors;
-  for (int head = 0; head < heads; head += per_pass) {
-    const int count = min(per_pass, heads - head);
-    const int64_t h = phi.per_head ? head : 0;
-    const T* pe = phi.pe == nullptr ? nullptr : static_cast<const T*>(phi.pe) + (h * length + offset) * dim;
-    for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
-      const int g = i / dim, c = i % dim;
-      float value = 0.f;
-      if (g < count) {
-        value = static_cast<float>(phi_token<T>(stream, seq, b, t, head + g)[c]);
-        if (pe != nullptr) value += static_cast<float>(pe[c]);
-        if (phi.kind == CompressKind::kMean) out[(head + g) * length * hidden + c] = value;
+    const int per_pass = phi.per_head ? 1 : kHeads, vectors = hidden / kVector, parts = kThreads / vectors;
+    const int vector = threadIdx.x % vectors, part = threadIdx.x / vectors;
+    for (int head = 0; head < heads; head += per_pass) {
+      const int count = min(per_pass, heads - head);
+      const int64_t h = phi.per_head ? head : 0;
+      const T* pe = phi.pe == nullptr ? nullptr : static_cast<const T*>(phi.pe) + (h * length + offset) * dim;
+      for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
+        const int g = i / dim, c = i % dim;
+        float value = 0.f;
+        if (g < count) {
+          value = static_cast<float>(phi_token<T>(stream, seq, b, t, head + g)[c]);
+          if (pe != nullptr) value += static_cast<float>(pe[c]);
+          if (phi.kind == CompressKind::kMean) out[(head + g) * length * hidden + c] = value;
+        }
+        x[g][c] = value;
       }
-      x[g][c] = value;
-    }
-    if (phi.kind == CompressKind::kMean) continue;
-    __syncthreads();
-    float acc[kHeads][kVector] = {};
-    if (part < parts) {
-      const T* w = static_cast<const T*>(phi.w1) + (h * length + offset) * dim * hidden + vector * kVector;
+      if (phi.kind == CompressKind::kMean) continue;
+      __syncthreads();
+      float acc[kHeads][kVector] = {};
+      if (part < parts) {
+        const T* w = static_cast<const T*>(phi.w1) + (h * length + offset) * dim * hidden + vector * kVector;
 #pragma unroll 8
-      for (int c = part; c < dim; c += parts) {
-        const Pack<T> weights = *reinterpret_cast<const Pack<T>*>(w + static_cast<int64_t>(c) * hidden);
+        for (int c = part; c < dim; c += parts) {
+          const Pack<T> weights = *reinterpret_cast<const Pack<T>*>(w + static_cast<int64_t>(c) * hidden);
+#pragma unroll
+          for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e)
+              acc[g][e] = fmaf(x[g][c], static_cast<float>(weights.value[e]), acc[g][e]);
+          }
+        }
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
           for (int e = 0; e < kVector; ++e)
-            acc[g][e] = fmaf(x[g][c], static_cast<float>(weights.value[e]), acc[g][e]);
+            sums[(part * kHeads + g) * hidden + vector * kVector + e] = acc[g][e];
         }
       }
-#pragma unroll
-      for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-        for (int e = 0; e < kVector; ++e)
-          sums[(part * kHeads + g) * hidden + vector * kVector + e] = acc[g][e];
+      __syncthreads();
+      for (int i = threadIdx.x; i < count * hidden; i += kThreads) {
+        const int g = i / hidden, f = i % hidden;
+        float sum = 0.f;
+        for (int k = 0; k < parts; ++k) sum += sums[(k * kHeads + g) * hidden + f];
+        out[(head + g) * length * hidden + f] = sum;
       }
+      __syncthreads();
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * hidden; i += kThreads) {
-      const int g = i / hidden, f = i % hidden;
-      float sum = 0.f;
-      for (int k = 0; k < parts; ++k) sum += sums[(k * kHeads + g) * hidden + f];
-      out[(head + g) * length * hidden + f] = sum;
-    }
-    __syncthreads();
   }
 }
 
@@ -215,8 +219,8 @@ __device__ __forceinline__ void store_chunk(const RowsView& from, const CachedRo
   if (from.data == nullptr) return;
   // Of what a ring cannot hold, the last tokens.
   if (to.block_table == nullptr && i < seq.q_len - to.page_rows) return;
-  const int64_t t = seq.position(i);
-  const int row = static_cast<int>(to.block_table == nullptr ? t % to.page_rows : t);
+  const int t = static_cast<int>(seq.position(i));
+  const int row = to.block_table == nullptr ? t % static_cast<int>(to.page_rows) : t;
   const int64_t at = cached_offset(to, b, row, head);
   if (at < 0) return;
   const T* source =
@@ -227,10 +231,14 @@ __device__ __forceinline__ void store_chunk(const RowsView& from, const CachedRo
 
 // 16 bytes of a token and head, to every stream.
 template <typename T>
-__device__ void store_token(const AppendKvParams& p, int64_t index) {
-  const int heads = p.k.phi.num_heads, chunks = max(p.k.phi.head_dim, p.v.phi.head_dim) / kVector;
-  const int chunk = static_cast<int>(index % chunks), head = static_cast<int>(index / chunks % heads);
-  const int64_t row = index / chunks / heads;
+__device__ void store_token(const AppendKvParams& p, unsigned block) {
+  const unsigned heads = p.k.phi.num_heads, chunks = max(p.k.phi.head_dim, p.v.phi.head_dim) / kVector;
+  const int64_t index = static_cast<int64_t>(block) * kThreads + threadIdx.x;
+  // A 64-bit division, which few steps are long enough for, costs more than all the rest.
+  const int64_t row =
+      index >> 32 ? index / (chunks * heads) : static_cast<unsigned>(index) / (chunks * heads);
+  const unsigned rest = static_cast<unsigned>(index - row * (chunks * heads));
+  const int chunk = rest % chunks, head = rest / chunks;
   if (row >= p.seqs.total_q) return;
   const int64_t b = find_sequence(p.seqs, row);
   if (b < 0) return;
@@ -247,17 +255,19 @@ __device__ void store_token(const AppendKvParams& p, int64_t index) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    append_store_portable(const AppendKvParams p, const AppendPlan plan, const int num_finish) {
+    append_store_portable(const __grid_constant__ AppendKvParams p, const __grid_constant__ AppendPlan plan,
+                          const int num_finish) {
   if (static_cast<int>(blockIdx.x) < num_finish) {
     finish_block<T>(p, plan, blockIdx.x);
   } else {
-    store_token<T>(p, static_cast<int64_t>(blockIdx.x - num_finish) * kThreads + threadIdx.x);
+    store_token<T>(p, blockIdx.x - num_finish);
   }
 }
 
 // Longer steps.
 
-__global__ void append_offsets_portable(const AppendKvParams p, const AppendPlan plan) {
+__global__ void append_offsets_portable(const __grid_constant__ AppendKvParams p,
+                                        const __grid_constant__ AppendPlan plan) {
   int sum = 0;
   for (int64_t begin = 0; begin < p.seqs.batch; begin += 32) {
     const int64_t b = begin + threadIdx.x;
@@ -288,7 +298,7 @@ __device__ int64_t find_packed(const AppendPlan& plan, int64_t batch, int64_t ro
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    append_pack_portable(const AppendKvParams p, const AppendPlan plan) {
+    append_pack_portable(const __grid_constant__ AppendKvParams p, const __grid_constant__ AppendPlan plan) {
   const TokenStream& stream = stream_of(p, blockIdx.y);
   const int heads = stream.phi.num_heads, dim = stream.phi.head_dim, chunks = dim / kVector;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
@@ -304,8 +314,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    append_scatter_portable(const AppendKvParams p, const AppendPlan plan) {
+__global__ void __launch_bounds__(kThreads) append_scatter_portable(const __grid_constant__ AppendKvParams p,
+                                                                    const __grid_constant__ AppendPlan plan) {
   const TokenStream& stream = stream_of(p, blockIdx.y);
   const KeyBlocks keys = stream.phi.blocks;
   const int heads = stream.phi.num_heads, dim = stream.phi.head_dim, half = dim / 2;
@@ -407,11 +417,12 @@ Status append_kv(const AppendKvParams& p, const Stream& stream) {
   return dispatch_half(p.k.phi.dtype, [&]<typename T>() {
     const int64_t heads = p.k.phi.num_heads, length = p.k.phi.blocks.block;
     const int64_t blocks = p.seqs.batch * plan.blocks_per_sequence;
-    const Status status = plan.packed
-                              ? compress_packed<T>(p, plan, stream)
-                              : launch("append_hidden_portable", append_hidden_portable<T>,
-                                       dim3(static_cast<unsigned>(length), 2, static_cast<unsigned>(blocks)),
-                                       kThreads, 0, stream, p, plan);
+    const Status status =
+        plan.packed
+            ? compress_packed<T>(p, plan, stream)
+            : launch("append_hidden_portable", append_hidden_portable<T>,
+                     dim3(static_cast<unsigned>(length), 2, static_cast<unsigned>(min64(blocks, kMaxSlots))),
+                     kThreads, 0, stream, p, plan);
     if (!status.ok()) return status;
     const int num_finish = plan.packed ? 0 : static_cast<int>(blocks * heads * 2);
     const int64_t chunks = max64(p.k.phi.head_dim, p.v.phi.head_dim) / kVector;

@@ -13,13 +13,15 @@ namespace nsa::cuda::portable {
 namespace {
 
 constexpr int kMaxGroup = 64;
-constexpr int kMaxSplits = 64;  // of the compressed keys
-constexpr int kMaxTaps = 64;    // compressed blocks that touch a selection block
-constexpr int kMergeThreads = 128;
+constexpr int kMaxSplits = 64;  // of the compressed keys, and of the chosen blocks
+constexpr int kMaxWindowSplits = 16;
+constexpr int kMaxTaps = 64;      // compressed blocks that touch a selection block
+constexpr int kThreads = 128;     // of launches 2 and 4
 constexpr int kScoreBlocks = 64;  // selection blocks that are scored at a time
-constexpr int kMaxScoreKeys = 16 * kScoreBlocks + kMaxTaps;
+constexpr int kMaxStrides = 16;   // of a selection block
+constexpr int kStagedScores = 8192;
 
-// How the work is split, and the workspace. Rows are those of q times heads.
+// How the work is split, and the workspace.
 struct DecodePlan {
   int cmp_splits, window_splits, chosen_splits, score_splits;
   int row_tiles;       // of 16 rows, per sequence and KV head (launch 1)
@@ -29,9 +31,8 @@ struct DecodePlan {
   float* logits;       // [T, Hq, max_keys], base 2
   float* part_o;       // [T, Hq, parts, Dv]
   float2* part_state;  // [T, Hq, parts]
-  float* o_cmp;        // [T, Hq, Dv]
   float* scores;       // [T, Hkv, num_blocks]
-  int* finished;       // [T, Hkv, 1 + slabs]: thread blocks of launch 2 and 3 that are done
+  int* finished;       // [T, Hkv]: thread blocks of launch 2 that are done
 
   __host__ __device__ int parts() const { return cmp_splits + window_splits + chosen_splits; }
 };
@@ -54,19 +55,6 @@ __device__ int64_t part_index(const DecodeAttentionParams& p, const DecodePlan& 
   return (row * p.shape.num_heads_q + head_q) * plan.parts();
 }
 
-// True in every thread of the last of `count` thread blocks to come here; those before have been seen.
-__device__ bool is_last_block(int* finished, int count) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(finished, 1) == count - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
 template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
     decode_banded_portable(const DecodeAttentionParams p, const DecodePlan plan) {
@@ -86,27 +74,26 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
            head_of(row) * p.q.stride_head;
   });
   if (blockIdx.x == 0 && threadIdx.x < num_rows && (first_row + threadIdx.x) % group == 0) {
-    const int64_t row = seq.q_begin + token_of(threadIdx.x);
-    for (int i = 0; i <= plan.slabs; ++i)
-      plan.finished[(row * p.shape.num_heads_kv + head) * (1 + plan.slabs) + i] = 0;
+    plan.finished[(seq.q_begin + token_of(threadIdx.x)) * p.shape.num_heads_kv + head] = 0;
   }
 
   const bool compressed = blockIdx.x < static_cast<unsigned>(plan.cmp_splits);
-  const KeyBlocks blocks = compressed ? p.compressed : KeyBlocks{};
-  const int64_t window = compressed ? 0 : p.window;
+  const CachedKeyBlocks blocks(compressed ? p.compressed : KeyBlocks{});
+  const int window = compressed ? 0 : static_cast<int>(p.window);
+  const auto position = [&](int row) { return static_cast<int>(seq.position(token_of(row))); };
   const int split = compressed ? blockIdx.x : blockIdx.x - plan.cmp_splits;
   const int splits = compressed ? plan.cmp_splits : plan.window_splits;
-  const int begin = static_cast<int>(blocks.begin_visible(seq.position(token_of(0)), window));
-  const int end = static_cast<int>(blocks.end_visible(seq.position(token_of(num_rows - 1))));
+  const int begin = blocks.begin_visible(position(0), window);
+  const int end = blocks.end_visible(position(num_rows - 1));
   const int each = (end - begin + splits * kDecodeKeys - 1) / (splits * kDecodeKeys) * kDecodeKeys;
   const int first = begin + split * each, last = min(end, first + each);
   int low[2], high[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
-    const int64_t t = seq.position(token_of(min(row, num_rows - 1)));
-    low[half] = static_cast<int>(blocks.begin_visible(t, window));
-    high[half] = row < num_rows ? static_cast<int>(blocks.end_visible(t)) : 0;
+    const int t = position(min(row, num_rows - 1));
+    low[half] = blocks.begin_visible(t, window);
+    high[half] = row < num_rows ? blocks.end_visible(t) : 0;
   }
   const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const CachedKeys keys{compressed ? p.k_cmp : p.k_swa, compressed ? p.v_cmp : p.v_swa, b, head,
@@ -139,134 +126,120 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
       });
 }
 
-// What the parts [first, first + count) of a row weigh: weights[i] such that sum over i of weights[i] *
-// part_o[i] is the output. By one warp; returns the row's lse in natural units.
-__device__ float merge_weights(const float2* state, int count, float* weights, int lane) {
-  float max = kNegInf;
-  for (int i = lane; i < count; i += 32) max = fmaxf(max, state[i].x);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
-  float sum = 0.f;
-  for (int i = lane; i < count; i += 32) {
-    const float2 s = state[i];
-    weights[i] = s.y == 0.f ? 0.f : ptx::exp2_approx(s.x - max);
-    sum += weights[i] * s.y;
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  for (int i = lane; i < count; i += 32) weights[i] = sum == 0.f ? 0.f : weights[i] / sum;
-  __syncwarp();
-  return sum == 0.f ? kNegInf : (max + log2f(sum)) * kLn2;
+// Rows of no sequence: o = 0, lse = -inf, block_indices = -1.
+template <typename T>
+__device__ void write_padding(const DecodeAttentionParams& p, int64_t row, int head) {
+  const int group = p.shape.group(), dim_v = p.shape.head_dim_v, n = p.num_selected_blocks;
+  const int64_t heads_q = p.shape.num_heads_q, first = row * heads_q + head * group;
+  for (int i = threadIdx.x; i < n; i += kThreads)
+    p.block_indices[(row * p.shape.num_heads_kv + head) * n + i] = -1;
+  for (int i = threadIdx.x; i < group * dim_v; i += kThreads)
+    static_cast<T*>(p.o)[first * dim_v + i] = static_cast<T>(0.f);
+  for (int i = threadIdx.x; i < group * kNumBranches; i += kThreads)
+    static_cast<float*>(p.lse)[i / group * p.seqs.total_q * heads_q + first + i % group] = kNegInf;
 }
 
-// Sum over the parts of a row, element d. A part without keys has weight zero and unwritten memory.
-__device__ __forceinline__ float merge_parts(const float* part_o, const float* weights, int count, int dim,
-                                             int d) {
-  float sum = 0.f;
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) {
-    if (weights[i] != 0.f) sum = fmaf(weights[i], part_o[static_cast<int64_t>(i) * dim + d], sum);
+// lse of the compressed branch in base 2, by eight lanes for each head.
+__device__ void merge_lse(const DecodeAttentionParams& p, const DecodePlan& plan, int64_t row, int first_head,
+                          float* lse_log2) {
+  constexpr int kLanes = 8;
+  const int group = p.shape.group(), lane = threadIdx.x % kLanes;
+  for (int g0 = 0; g0 < group; g0 += kThreads / kLanes) {
+    const int g = g0 + threadIdx.x / kLanes;
+    const float2* state = plan.part_state + part_index(p, plan, row, first_head + min(g, group - 1));
+    float2 own[kMaxSplits / kLanes];
+    float max = kNegInf;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / kLanes; ++i) {
+      const int at = i * kLanes + lane;
+      own[i] = at < plan.cmp_splits ? state[at] : make_float2(kNegInf, 0.f);
+      max = fmaxf(max, own[i].x);
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / kLanes; ++i)
+      sum += own[i].y == 0.f ? 0.f : own[i].y * ptx::exp2_approx(own[i].x - max);
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0 && g < group) lse_log2[g] = sum == 0.f ? kNegInf : max + log2f(sum);
   }
-  return sum;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kThreads)
     decode_select_portable(const DecodeAttentionParams p, const DecodePlan plan) {
-  __shared__ float weights[kMaxGroup][kMaxSplits];
   __shared__ float lse_log2[kMaxGroup];
   __shared__ float taps[kMaxTaps];
-  __shared__ float sums[kMaxScoreKeys];
-  __shared__ int candidate_key[kMaxCandidates], candidate_index[kMaxCandidates];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.y, group = p.shape.group();
-  const int dim_v = p.shape.head_dim_v, n = p.num_selected_blocks, heads_q = p.shape.num_heads_q;
+  __shared__ float sums[kMaxStrides * kScoreBlocks + kMaxTaps];
+  __shared__ float staged[kStagedScores];
+  __shared__ BestOfBlock<kThreads> best;
+  __shared__ bool last;
+  const int head = blockIdx.y, group = p.shape.group(), n = p.num_selected_blocks;
   const TokenBlock token = find_token(p, blockIdx.z);
-  int32_t* chosen = p.block_indices + (token.row * p.shape.num_heads_kv + head) * n;
-  const int64_t total = p.seqs.total_q * heads_q;
-  if (token.b < 0) {  // padding
-    if (blockIdx.x != 0) return;
-    for (int i = threadIdx.x; i < n; i += kMergeThreads) chosen[i] = -1;
-    for (int i = threadIdx.x; i < group * dim_v; i += kMergeThreads)
-      static_cast<T*>(p.o)[(token.row * heads_q + head * group) * dim_v + i] = static_cast<T>(0.f);
-    for (int i = threadIdx.x; i < group * kNumBranches; i += kMergeThreads) {
-      static_cast<float*>(p.lse)[i / group * total + token.row * heads_q + head * group + i % group] =
-          kNegInf;
-    }
+  if (token.b < 0) {
+    if (blockIdx.x == 0) write_padding<T>(p, token.row, head);
     return;
   }
-
-  const int per_block = static_cast<int>(p.block_size / p.compressed.stride);
-  const int before = static_cast<int>(p.compressed.block / p.compressed.stride) - 1;
-  const int num_keys = static_cast<int>(p.compressed.end_visible(token.position));
+  const int stride = static_cast<int>(p.compressed.stride),
+            per_block = static_cast<int>(p.block_size) / stride;
+  const int before = static_cast<int>(p.compressed.block) / stride - 1;
+  const int num_keys = CachedKeyBlocks(p.compressed).end_visible(token.position);
   if (threadIdx.x < per_block + before) {
     // Tap x of selection block j is compressed block j * per_block + x - before, whatever j.
     const int64_t j = before + 1;
     taps[threadIdx.x] =
         static_cast<float>(overlap(j * per_block + threadIdx.x - before, j, p.compressed, p.block_size)) /
-        static_cast<float>(p.compressed.stride);
+        static_cast<float>(stride);
   }
-  for (int g = warp; g < group; g += kMergeThreads / 32) {
-    const float2* state = plan.part_state + part_index(p, plan, token.row, head * group + g);
-    const float lse = merge_weights(state, plan.cmp_splits, weights[g], lane);
-    if (lane == 0) {
-      lse_log2[g] = lse * kLog2e;
-      if (blockIdx.x == 0) static_cast<float*>(p.lse)[token.row * heads_q + head * group + g] = lse;
-    }
-  }
+  merge_lse(p, plan, token.row, head * group, lse_log2);
   __syncthreads();
 
-  // The compressed branch's output, a few heads for each thread block.
-  for (int g = blockIdx.x; g < group; g += gridDim.x) {
-    const float* part = plan.part_o + part_index(p, plan, token.row, head * group + g) * dim_v;
-    for (int d = threadIdx.x; d < dim_v; d += kMergeThreads) {
-      plan.o_cmp[(token.row * heads_q + head * group + g) * dim_v + d] =
-          merge_parts(part, weights[g], plan.cmp_splits, dim_v, d);
-    }
-  }
-
-  const int own = static_cast<int>(min64(token.position / p.block_size, plan.num_blocks - 1));
+  const int own = token.position / static_cast<int>(p.block_size);
   float* scores = plan.scores + (token.row * p.shape.num_heads_kv + head) * plan.num_blocks;
   const int each = (own + gridDim.x) / gridDim.x, first_block = blockIdx.x * each;
   const int end_block = min(own + 1, first_block + each);
-  const float* logits = plan.logits + (token.row * heads_q + head * group) * plan.max_keys;
+  const float* logits = plan.logits + (token.row * p.shape.num_heads_q + head * group) * plan.max_keys;
   for (int j0 = first_block; j0 < end_block; j0 += kScoreBlocks) {
     const int blocks = min(kScoreBlocks, end_block - j0), count = blocks * per_block + before;
     const int first_key = j0 * per_block - before;
-    for (int i = threadIdx.x; i < count; i += kMergeThreads) {
+    for (int i = threadIdx.x; i < count; i += kThreads) {
       const int key = first_key + i;
       float sum = 0.f;
       if (key >= 0 && key < num_keys) {
-#pragma unroll 8
+#pragma unroll 16
         for (int g = 0; g < group; ++g)
           sum += ptx::exp2_approx(logits[static_cast<int64_t>(g) * plan.max_keys + key] - lse_log2[g]);
       }
       sums[i] = sum;
     }
     __syncthreads();
-    for (int j = threadIdx.x; j < blocks; j += kMergeThreads) {
+    for (int j = threadIdx.x; j < blocks; j += kThreads) {
       float score = 0.f;
       for (int x = 0; x < per_block + before; ++x) score += taps[x] * sums[j * per_block + x];
       scores[j0 + j] = score;
     }
     __syncthreads();
   }
-  int* finished = plan.finished + (token.row * p.shape.num_heads_kv + head) * (1 + plan.slabs);
-  if (!is_last_block(finished, gridDim.x) || warp != 0) return;
-  choose_blocks(chosen, scores, own, n, p.num_initial_blocks, p.num_local_blocks, candidate_key,
-                candidate_index, lane);
-}
 
-__device__ __forceinline__ float gate(const DecodeAttentionParams& p, int64_t row, int branch) {
-  const int64_t at = row * kNumBranches + branch;
-  float logit;
-  if (p.gate_dtype == DType::kF32) {
-    logit = static_cast<const float*>(p.gate_logits)[at];
-  } else if (p.gate_dtype == DType::kBF16) {
-    logit = __bfloat162float(static_cast<const __nv_bfloat16*>(p.gate_logits)[at]);
-  } else {
-    logit = __half2float(static_cast<const __half*>(p.gate_logits)[at]);
+  // The scores of all thread blocks before the last one have been seen by it.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* finished = plan.finished + token.row * p.shape.num_heads_kv + head;
+    last = atomicAdd(finished, 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
   }
-  return 1.f / (1.f + __expf(-logit));
+  __syncthreads();
+  if (!last) return;
+  if (own < kStagedScores) {
+    for (int j = threadIdx.x; j <= own; j += kThreads) staged[j] = scores[j];
+    __syncthreads();
+    scores = staged;
+  }
+  choose_blocks_by_block(p.block_indices + (token.row * p.shape.num_heads_kv + head) * n, scores, own, n,
+                         p.num_initial_blocks, p.num_local_blocks, best);
 }
 
 template <typename T, int kDimQK, int kDimV>
@@ -276,7 +249,7 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
   extern __shared__ __align__(16) unsigned char shared[];
   const uint32_t base = ptx::shared_address(shared);
   const int head = blockIdx.y, group = p.shape.group(), lane = threadIdx.x & 31, n = p.num_selected_blocks;
-  const int slab = blockIdx.z % plan.slabs, heads_q = p.shape.num_heads_q;
+  const int slab = blockIdx.z % plan.slabs;
   const TokenBlock token = find_token(p, blockIdx.z / plan.slabs);
   if (token.b < 0) return;
   const int first_head = head * group + slab * kDecodeRows,
@@ -307,34 +280,81 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
                            plan.window_splits + blockIdx.x;
         return {plan.part_o + at * kDimV, plan.part_state + at};
       });
+}
 
-  int* finished = plan.finished + (token.row * p.shape.num_heads_kv + head) * (1 + plan.slabs) + 1 + slab;
-  if (!is_last_block(finished, plan.chosen_splits)) return;
-  float* weights = reinterpret_cast<float*>(shared);  // [16][parts]
-  const int parts = plan.parts() - plan.cmp_splits;
-  const int64_t total = p.seqs.total_q * heads_q;
-  for (int r = threadIdx.x >> 5; r < num_rows; r += Layout::kWarps) {
-    const int64_t row = token.row * heads_q + first_head + r;
-    const float2* state = plan.part_state + row * plan.parts() + plan.cmp_splits;
-    const float lse_swa = merge_weights(state, plan.window_splits, weights + r * parts, lane);
-    const float lse_slc = merge_weights(state + plan.window_splits, plan.chosen_splits,
-                                        weights + r * parts + plan.window_splits, lane);
-    const float gate_slc = gate(p, row, 1), gate_swa = gate(p, row, 2);
-    for (int i = lane; i < parts; i += 32)
-      weights[r * parts + i] *= i < plan.window_splits ? gate_swa : gate_slc;
-    if (lane == 0) {
-      static_cast<float*>(p.lse)[total + row] = lse_slc;
-      static_cast<float*>(p.lse)[2 * total + row] = lse_swa;
-    }
+__device__ __forceinline__ float gate(const DecodeAttentionParams& p, int64_t row, int branch) {
+  const int64_t at = row * kNumBranches + branch;
+  float logit;
+  if (p.gate_dtype == DType::kF32) {
+    logit = static_cast<const float*>(p.gate_logits)[at];
+  } else if (p.gate_dtype == DType::kBF16) {
+    logit = __bfloat162float(static_cast<const __nv_bfloat16*>(p.gate_logits)[at]);
+  } else {
+    logit = __half2float(static_cast<const __half*>(p.gate_logits)[at]);
+  }
+  return 1.f / (1.f + __expf(-logit));
+}
+
+// What the parts of a branch weigh, so that the sum over i of weights[i] * part_o[i] is its gated output. By
+// one warp; returns the branch's lse in natural units.
+__device__ float merge_weights(const float2* state, int count, float gate, float* weights) {
+  const int lane = threadIdx.x & 31;
+  float max = kNegInf;
+  for (int i = lane; i < count; i += 32) max = fmaxf(max, state[i].x);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+  float sum = 0.f;
+  for (int i = lane; i < count; i += 32) {
+    const float2 s = state[i];
+    weights[i] = s.y == 0.f ? 0.f : ptx::exp2_approx(s.x - max);
+    sum += weights[i] * s.y;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  for (int i = lane; i < count; i += 32) weights[i] = sum == 0.f ? 0.f : weights[i] * gate / sum;
+  return sum == 0.f ? kNegInf : (max + log2f(sum)) * kLn2;
+}
+
+// One query head of one token.
+template <typename T, int kDimV>
+__global__ void __launch_bounds__(kThreads)
+    decode_merge_portable(const DecodeAttentionParams p, const DecodePlan plan) {
+  constexpr int kVectors = kDimV / 4, kParallel = kThreads / kVectors;
+  __shared__ float weights[2 * kMaxSplits + kMaxWindowSplits];
+  __shared__ float4 partial[kParallel][kVectors];
+  const int64_t token = blockIdx.y, row = token * p.shape.num_heads_q + blockIdx.x;
+  if (find_sequence(p.seqs, token) < 0) return;
+  const int warp = threadIdx.x >> 5, parts = plan.parts();
+  if (warp < kNumBranches) {  // the parts of cmp, then swa, then slc
+    const int first = warp == 0 ? 0 : warp == 1 ? plan.cmp_splits : plan.cmp_splits + plan.window_splits;
+    const int count = warp == 0 ? plan.cmp_splits : warp == 1 ? plan.window_splits : plan.chosen_splits;
+    const int branch = warp == 0 ? 0 : 3 - warp;
+    const float lse =
+        merge_weights(plan.part_state + row * parts + first, count, gate(p, row, branch), weights + first);
+    if ((threadIdx.x & 31) == 0)
+      static_cast<float*>(p.lse)[branch * p.seqs.total_q * p.shape.num_heads_q + row] = lse;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < num_rows * kDimV; i += Layout::kThreads) {
-    const int r = i / kDimV, d = i % kDimV;
-    const int64_t row = token.row * heads_q + first_head + r;
-    const float* part = plan.part_o + (row * plan.parts() + plan.cmp_splits) * kDimV;
-    const float o = gate(p, row, 0) * plan.o_cmp[row * kDimV + d] +
-                    merge_parts(part, weights + r * parts, parts, kDimV, d);
-    static_cast<T*>(p.o)[row * kDimV + d] = static_cast<T>(o);
+  const int vector = threadIdx.x % kVectors, group = threadIdx.x / kVectors;
+  if (group < kParallel) {
+    const float4* part = reinterpret_cast<const float4*>(plan.part_o + row * parts * kDimV) + vector;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+    for (int i = group; i < parts; i += kParallel) {
+      const float weight = weights[i];
+      if (weight == 0.f) continue;  // a part without keys has unwritten memory
+      const float4 x = part[i * kVectors];
+      sum = make_float4(fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z),
+                        fmaf(weight, x.w, sum.w));
+    }
+    partial[group][vector] = sum;
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < kDimV; d += kThreads) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kParallel; ++i) sum += reinterpret_cast<const float*>(partial[i])[d];
+    static_cast<T*>(p.o)[row * kDimV + d] = static_cast<T>(sum);
   }
 }
 
@@ -347,15 +367,16 @@ DecodePlan make_plan(const DecodeAttentionParams& p) {
   plan.slabs = static_cast<int>(ceil_div(group, kDecodeRows));
   plan.max_keys = static_cast<int>(max64(1, p.compressed.count(p.seqs.capacity)));
   plan.num_blocks = static_cast<int>(max64(1, ceil_div(p.seqs.capacity, p.block_size)));
-  // A thread block should have 4 tiles of keys for each of its warps, unless that leaves SMs idle.
+  // At least a tile of keys for every warp; beyond, three waves of thread blocks, so that the last one does
+  // not leave most SMs idle.
   const int64_t units = max64(1, p.seqs.batch) * heads * plan.row_tiles;
   const int64_t window_keys = min64(p.window, p.seqs.capacity);
-  const int64_t each = max64(64, ceil_div(units * (plan.max_keys + window_keys), slots));
+  const int64_t each = max64(64, ceil_div(units * (plan.max_keys + window_keys), 3 * slots));
   plan.cmp_splits = static_cast<int>(min64(kMaxSplits, ceil_div(plan.max_keys, each)));
-  plan.window_splits = static_cast<int>(min64(16, ceil_div(window_keys, each)));
+  plan.window_splits = static_cast<int>(min64(kMaxWindowSplits, ceil_div(window_keys, each)));
   plan.chosen_splits =
-      static_cast<int>(max64(1, min64(p.num_selected_blocks, slots / max64(1, tokens * heads * plan.slabs))));
-  plan.score_splits = static_cast<int>(max64(1, min64(32, slots / (tokens * heads))));
+      static_cast<int>(max64(1, min64(p.num_selected_blocks, 2 * slots / (tokens * heads * plan.slabs))));
+  plan.score_splits = static_cast<int>(max64(1, min64(32, 3 * slots / (tokens * heads))));
   return plan;
 }
 
@@ -371,9 +392,8 @@ int64_t place(const DecodeAttentionParams& p, DecodePlan* plan, char* base) {
   plan->logits = reinterpret_cast<float*>(take(rows * plan->max_keys * 4));
   plan->part_o = reinterpret_cast<float*>(take(rows * plan->parts() * p.shape.head_dim_v * 4));
   plan->part_state = reinterpret_cast<float2*>(take(rows * plan->parts() * 8));
-  plan->o_cmp = reinterpret_cast<float*>(take(rows * p.shape.head_dim_v * 4));
   plan->scores = reinterpret_cast<float*>(take(rows_kv * plan->num_blocks * 4));
-  plan->finished = reinterpret_cast<int*>(take(rows_kv * (1 + plan->slabs) * 4));
+  plan->finished = reinterpret_cast<int*>(take(rows_kv * 4));
   return used;
 }
 
@@ -386,7 +406,7 @@ Status check(const DecodeAttentionParams& p) {
                          p.num_selected_blocks);
   const int64_t per_block = p.block_size / p.compressed.stride,
                 before = p.compressed.block / p.compressed.stride - 1;
-  if (per_block > 16 || per_block + before > kMaxTaps) {
+  if (per_block > kMaxStrides || per_block + before > kMaxTaps) {
     return Status::error(
         StatusCode::kUnsupported,
         "compress_block_size = %lld, compress_stride = %lld, block_size = %lld have no CUDA kernel: "
@@ -420,11 +440,14 @@ Status decode_attention(const DecodeAttentionParams& p, const Stream& stream) {
                              Layout::kThreads, Layout::kBytes, stream, p, plan);
       if (!status.ok()) return status;
       status = launch("decode_select_portable", decode_select_portable<T>,
-                      dim3(plan.score_splits, heads, tokens), kMergeThreads, 0, stream, p, plan);
+                      dim3(plan.score_splits, heads, tokens), kThreads, 0, stream, p, plan);
       if (!status.ok()) return status;
-      return launch("decode_chosen_portable", decode_chosen_portable<T, kDimQK, kDimV>,
-                    dim3(plan.chosen_splits, heads, tokens * plan.slabs), Layout::kThreads, Layout::kBytes,
-                    stream, p, plan);
+      status = launch("decode_chosen_portable", decode_chosen_portable<T, kDimQK, kDimV>,
+                      dim3(plan.chosen_splits, heads, tokens * plan.slabs), Layout::kThreads, Layout::kBytes,
+                      stream, p, plan);
+      if (!status.ok()) return status;
+      return launch("decode_merge_portable", decode_merge_portable<T, kDimV>,
+                    dim3(static_cast<unsigned>(p.shape.num_heads_q), tokens), kThreads, 0, stream, p, plan);
     });
   });
 }

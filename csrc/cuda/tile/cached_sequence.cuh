@@ -15,9 +15,23 @@ __device__ inline Sequence clamped_sequence(const CachedBatch& seqs, int64_t b) 
   return seq;
 }
 
+// KeyBlocks in 32 bits, for positions in a cache: a 64-bit division costs a hundred instructions.
+struct CachedKeyBlocks {
+  int block, stride;
+
+  __device__ explicit CachedKeyBlocks(KeyBlocks keys)
+      : block(static_cast<int>(keys.block)), stride(static_cast<int>(keys.stride)) {}
+  __device__ int count(int seqlen) const { return seqlen < block ? 0 : (seqlen - block) / stride + 1; }
+  __device__ int end_visible(int t) const { return count(t + 1); }
+  __device__ int begin_visible(int t, int window) const {
+    return window <= 0 || t < window ? 0 : count(t - window + 1);
+  }
+};
+
 // The sequence that holds a row of q, or -1 for padding.
 __device__ inline int64_t find_sequence(const CachedBatch& seqs, int64_t row) {
-  if (seqs.cu_seqlens_q == nullptr) return row / (seqs.total_q / seqs.batch);
+  if (seqs.cu_seqlens_q == nullptr)
+    return static_cast<unsigned>(row) / static_cast<unsigned>(seqs.total_q / seqs.batch);
   int64_t low = 0, high = seqs.batch;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;

@@ -95,4 +95,75 @@ __device__ __forceinline__ void choose_blocks(int32_t* out, const float* scores,
   }
 }
 
+// Scratch of choose_blocks_by_block.
+template <int kThreads>
+struct BestOfBlock {
+  int maxima[kThreads];
+  int candidate[kThreads];  // index of a score
+  int chosen[kThreads];
+  int bound, held;
+  int key[kMaxCandidates], index[kMaxCandidates];  // for choose_blocks
+};
+
+// choose_blocks by all threads of a block: few candidates are left above the k-th largest of kThreads partial
+// maxima, and each finds its rank by comparison with all others.
+template <int kThreads>
+__device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float* scores, int own, int n,
+                                                       int num_initial, int num_local,
+                                                       BestOfBlock<kThreads>& best) {
+  const int thread = threadIdx.x;
+  const int initial = min(num_initial, own + 1), local = max(initial, own + 1 - num_local);
+  const int count = local - initial, k = min(n - initial - (own + 1 - local), count);
+  const float* candidates = scores + initial;
+  if (thread == 0) best.held = 0;
+  int high = -1;
+#pragma unroll 4
+  for (int i = thread; i < count; i += kThreads) high = max(high, score_key(candidates[i]));
+  best.maxima[thread] = high;
+  __syncthreads();
+  if (k > 0 && k < count) {
+    int rank = 0;
+#pragma unroll 16
+    for (int i = 0; i < kThreads; ++i)
+      rank += best.maxima[i] > high || (best.maxima[i] == high && i < thread);
+    if (rank == min(k, kThreads) - 1) best.bound = high;
+    __syncthreads();
+    const int bound = best.bound;
+    for (int i = thread; i < count; i += kThreads) {
+      if (score_key(candidates[i]) < bound) continue;
+      const int at = atomicAdd(&best.held, 1);
+      if (at < kThreads) best.candidate[at] = i;
+    }
+    __syncthreads();
+  }
+  const int held = best.held;
+  if (held > kThreads) {
+    if (thread < 32) choose_blocks(out, scores, own, n, num_initial, num_local, best.key, best.index, thread);
+    return;
+  }
+  for (int i = thread; i < initial; i += kThreads) out[i] = i;
+  for (int i = thread; i < n - initial - k; i += kThreads)
+    out[initial + k + i] = local + i <= own ? local + i : -1;
+  if (k == count) {
+    for (int i = thread; i < k; i += kThreads) out[initial + i] = initial + i;
+    return;
+  }
+  if (k <= 0) return;
+  // Neither the order of the candidates nor that of the sums below matters.
+  const int index = thread < held ? best.candidate[thread] : 0x7fffffff;
+  const int key = thread < held ? score_key(candidates[index]) : -1;
+  best.maxima[thread] = key;
+  __syncthreads();
+  int rank = 0;
+  for (int i = 0; i < held; ++i)
+    rank += best.maxima[i] > key || (best.maxima[i] == key && best.candidate[i] < index);
+  const bool chosen = thread < held && rank < k;
+  best.chosen[thread] = chosen ? index : 0x7fffffff;
+  __syncthreads();
+  if (!chosen) return;
+  int at = 0;
+  for (int i = 0; i < held; ++i) at += best.chosen[i] < index;
+  out[initial + at] = initial + index;
+}
+
 }  // namespace nsa::cuda
