@@ -67,6 +67,9 @@ Tensor3 decode_attention(const Tensor& q, const Tensor& k_cmp_cache, const Tenso
     const int64_t least = min64(capacity, window_size - 1 + longest.value_or(1));
     cache.ring({"k_swa_cache", *k_swa_cache}, first, heads, shape.head_dim_qk, least);
     cache.ring({"v_swa_cache", *v_swa_cache}, first, heads, shape.head_dim_v, least);
+    TORCH_CHECK_VALUE(k_swa_cache->sym_size(1) == v_swa_cache->sym_size(1), "nsa::", kOp,
+                      ": v_swa_cache keeps ", v_swa_cache->sym_size(1), " tokens; expected the ",
+                      k_swa_cache->sym_size(1), " of k_swa_cache");
   }
   checks.gate_logits({"gate_logits", gate_logits}, q);
 

@@ -62,8 +62,7 @@ __device__ __forceinline__ const T* phi_token(const TokenStream& stream, const S
     return static_cast<const T*>(stream.cmp.data) + (seq.q_begin + fresh) * stream.cmp.stride_row +
            head * stream.cmp.stride_head;
   }
-  const int slot = t % static_cast<int>(stream.tail.page_rows);
-  return static_cast<const T*>(stream.tail.data) + cached_offset(stream.tail, b, slot, head);
+  return static_cast<const T*>(stream.tail.data) + cached_offset(stream.tail, b, t, head);
 }
 
 // One token's share of W1 . vec(X + PE), for the heads of a block; kMean: the token itself.
@@ -220,8 +219,7 @@ __device__ __forceinline__ void store_chunk(const RowsView& from, const CachedRo
   // Of what a ring cannot hold, the last tokens.
   if (to.block_table == nullptr && i < seq.q_len - to.page_rows) return;
   const int t = static_cast<int>(seq.position(i));
-  const int row = to.block_table == nullptr ? t % static_cast<int>(to.page_rows) : t;
-  const int64_t at = cached_offset(to, b, row, head);
+  const int64_t at = cached_offset(to, b, t, head);
   if (at < 0) return;
   const T* source =
       static_cast<const T*>(from.data) + (seq.q_begin + i) * from.stride_row + head * from.stride_head;

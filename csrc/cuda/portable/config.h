@@ -53,12 +53,14 @@ struct SelectedConfig {
   static constexpr int kMaxTokens = 32;  // the bits of a block's mask
 };
 
-// Decoding: every warp has a ring of its own, so that none waits for another; two stages of 16 keys a warp,
-// three thread blocks on an SM, keep more bytes in flight than the memory's latency asks for.
+// Decoding: every warp has a ring of its own, so that none waits for another. Two stages of 32 keys (17 KB at
+// dim 128), two warps and three thread blocks on an SM keep more bytes in flight than the memory's latency
+// asks for; fewer keys a tile would spend more instructions on addresses and on the softmax than on products.
 template <int kDimQK, int kDimV>
 struct DecodeConfig {
-  static constexpr int kWarps = kDimQK + kDimV <= 320 ? 4 : 2;  // 74 KB at dim 128, 76 KB at 256
+  static constexpr int kWarps = 2;
   static constexpr int kStages = 2;
+  static constexpr int kKeys = kDimQK + kDimV <= 320 ? 32 : 16;  // stays below 99 KB
 };
 
 // Selected attention, backward, dK and dV: a warp owns 16 keys and their sums in registers, (kDimQK + kDimV)

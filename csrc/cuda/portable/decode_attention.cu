@@ -20,6 +20,7 @@ constexpr int kThreads = 128;     // of launches 2 and 4
 constexpr int kScoreBlocks = 64;  // selection blocks that are scored at a time
 constexpr int kMaxStrides = 16;   // of a selection block
 constexpr int kStagedScores = 8192;
+constexpr int kTileRoom = 32;  // rows of logits end where a tile of any head dim does
 
 // How the work is split, and the workspace.
 struct DecodePlan {
@@ -58,6 +59,7 @@ __device__ int64_t part_index(const DecodeAttentionParams& p, const DecodePlan& 
 template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
     decode_banded_portable(const DecodeAttentionParams p, const DecodePlan plan) {
+  constexpr int kKeys = DecodeLayout<kDimQK, kDimV>::kKeys;
   extern __shared__ __align__(16) unsigned char shared[];
   const uint32_t base = ptx::shared_address(shared);
   const int head = blockIdx.y, group = p.shape.group(), lane = threadIdx.x & 31;
@@ -85,37 +87,36 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
   const int splits = compressed ? plan.cmp_splits : plan.window_splits;
   const int begin = blocks.begin_visible(position(0), window);
   const int end = blocks.end_visible(position(num_rows - 1));
-  const int each = (end - begin + splits * kDecodeKeys - 1) / (splits * kDecodeKeys) * kDecodeKeys;
+  const int each = (end - begin + splits * kKeys - 1) / (splits * kKeys) * kKeys;
   const int first = begin + split * each, last = min(end, first + each);
-  int low[2], high[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const int t = position(min(row, num_rows - 1));
-    low[half] = blocks.begin_visible(t, window);
-    high[half] = row < num_rows ? blocks.end_visible(t) : 0;
-  }
-  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
-  const CachedKeys keys{compressed ? p.k_cmp : p.k_swa, compressed ? p.v_cmp : p.v_swa, b, head,
-                        compressed ? static_cast<int>(p.compressed.cached_row(0)) : 0};
+  VisibleKeys visible;
   float* logits[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = min(lane / 4 + 8 * half, num_rows - 1);
+    const int row = min(lane / 4 + 8 * half, num_rows - 1), t = position(row);
+    visible.low[half] = blocks.begin_visible(t, window);
+    visible.high[half] = blocks.end_visible(t);
     logits[half] =
         plan.logits + ((seq.q_begin + token_of(row)) * p.shape.num_heads_q + head_of(row)) * plan.max_keys;
   }
+  visible.full_low = blocks.begin_visible(position(num_rows - 1), window);
+  visible.full_high = blocks.end_visible(position(0));
+  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
+  const CachedKeys keys{compressed ? p.k_cmp : p.k_swa, compressed ? p.v_cmp : p.v_swa, b, head,
+                        compressed ? static_cast<int>(p.compressed.cached_row(0)) : 0};
   attend_tiles<T, kDimQK, kDimV>(
-      shared, base, keys, first < last ? (last - first + kDecodeKeys - 1) / kDecodeKeys : 0,
-      [&](int tile) { return first + tile * kDecodeKeys; }, [&](int) { return last; }, low, high, scale,
-      [&](int key, const float(&score)[kDecodeKeys / 8][4]) {
+      shared, base, keys, first < last ? (last - first + kKeys - 1) / kKeys : 0,
+      [&](int tile) { return first + tile * kKeys; }, [&](int) { return last; }, visible, scale,
+      [&](int key, const float(&score)[kKeys / 8][4]) {
         if (!compressed) return;
+      // Up to the end of the tile: the rows of the workspace have room for it.
 #pragma unroll
-        for (int i = 0; i < kDecodeKeys / 8; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          if (lane / 4 + 8 * half >= num_rows) continue;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int at = key + i * 8 + (lane & 3) * 2 + (c & 1);
-            if (lane / 4 + 8 * (c >> 1) < num_rows && at < last) logits[c >> 1][at] = score[i][c] * scale;
+          for (int i = 0; i < kKeys / 8; ++i) {
+            *reinterpret_cast<float2*>(logits[half] + key + i * 8 + (lane & 3) * 2) =
+                make_float2(score[i][2 * half] * scale, score[i][2 * half + 1] * scale);
           }
         }
       },
@@ -246,9 +247,12 @@ template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
     decode_chosen_portable(const DecodeAttentionParams p, const DecodePlan plan) {
   using Layout = DecodeLayout<kDimQK, kDimV>;
+  constexpr int kKeys = Layout::kKeys;
+  static_assert(Layout::kThreads >= kMaxSplits);
   extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ int block[kMaxSplits];
   const uint32_t base = ptx::shared_address(shared);
-  const int head = blockIdx.y, group = p.shape.group(), lane = threadIdx.x & 31, n = p.num_selected_blocks;
+  const int head = blockIdx.y, group = p.shape.group(), n = p.num_selected_blocks;
   const int slab = blockIdx.z % plan.slabs;
   const TokenBlock token = find_token(p, blockIdx.z / plan.slabs);
   if (token.b < 0) return;
@@ -260,20 +264,21 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
            (first_head + row) * p.q.stride_head;
   });
 
-  // Entries [first, last) of the selection, each block_size / 16 tiles.
-  const int32_t* chosen = p.block_indices + (token.row * p.shape.num_heads_kv + head) * n;
+  // Entries [first, last) of the selection, -1 at their end, each `tiles` tiles.
   const int first = blockIdx.x * n / plan.chosen_splits, last = (blockIdx.x + 1) * n / plan.chosen_splits;
-  const int size = static_cast<int>(p.block_size), tiles = (size + kDecodeKeys - 1) / kDecodeKeys;
-  int entries = 0;
-  while (first + entries < last && chosen[first + entries] >= 0) ++entries;
-  const int low[2] = {0, 0};
-  const int high[2] = {lane / 4 < num_rows ? token.position + 1 : 0,
-                       lane / 4 + 8 < num_rows ? token.position + 1 : 0};
+  if (threadIdx.x < kMaxSplits) {
+    const int32_t* chosen = p.block_indices + (token.row * p.shape.num_heads_kv + head) * n + first;
+    block[threadIdx.x] = static_cast<int>(threadIdx.x) < last - first ? chosen[threadIdx.x] : -1;
+  }
+  const int entries = __syncthreads_count(threadIdx.x < kMaxSplits && block[threadIdx.x] >= 0);
+  const unsigned size = static_cast<unsigned>(p.block_size), tiles = (size + kKeys - 1) / kKeys;
+  const int end = token.position + 1;
   attend_tiles<T, kDimQK, kDimV>(
-      shared, base, {p.k_slc, p.v_slc, token.b, head, 0}, entries * tiles,
-      [&](int tile) { return chosen[first + tile / tiles] * size + tile % tiles * kDecodeKeys; },
-      [&](int tile) { return min(token.position + 1, (chosen[first + tile / tiles] + 1) * size); }, low, high,
-      static_cast<float>(p.softmax_scale) * kLog2e, [](int, const float(&)[kDecodeKeys / 8][4]) {},
+      shared, base, {p.k_slc, p.v_slc, token.b, head, 0}, entries * static_cast<int>(tiles),
+      [&](unsigned tile) { return static_cast<int>(block[tile / tiles] * size + tile % tiles * kKeys); },
+      [&](unsigned tile) { return min(end, static_cast<int>((block[tile / tiles] + 1) * size)); },
+      {{0, 0}, {end, end}, 0, end}, static_cast<float>(p.softmax_scale) * kLog2e,
+      [](int, const float(&)[kKeys / 8][4]) {},
       [&](int row) -> PartialResult {
         if (row >= num_rows) return {nullptr, nullptr};
         const int64_t at = part_index(p, plan, token.row, first_head + row) + plan.cmp_splits +
@@ -365,7 +370,7 @@ DecodePlan make_plan(const DecodeAttentionParams& p) {
   const int64_t slots = 3 * device_attribute(cudaDevAttrMultiProcessorCount);
   plan.row_tiles = static_cast<int>(max64(1, ceil_div(p.seqs.max_seqlen_q * group, kDecodeRows)));
   plan.slabs = static_cast<int>(ceil_div(group, kDecodeRows));
-  plan.max_keys = static_cast<int>(max64(1, p.compressed.count(p.seqs.capacity)));
+  plan.max_keys = static_cast<int>(round_up(max64(1, p.compressed.count(p.seqs.capacity)), kTileRoom));
   plan.num_blocks = static_cast<int>(max64(1, ceil_div(p.seqs.capacity, p.block_size)));
   // At least a tile of keys for every warp; beyond, three waves of thread blocks, so that the last one does
   // not leave most SMs idle.

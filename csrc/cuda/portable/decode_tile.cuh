@@ -1,8 +1,8 @@
 // Attention of 16 query rows over keys that are scattered in a cache: what the kernels of decode_attention
 // share.
 //
-// Every warp has keys of its own, 16 at a time through a ring of its own, and a running softmax of its own;
-// nothing synchronises the warps before they are merged.
+// Every warp has keys of its own, a tile at a time through a ring of its own, and a running softmax of its
+// own; nothing synchronises the warps before they are merged.
 #pragma once
 
 #include "cuda/portable/config.h"
@@ -12,13 +12,12 @@
 namespace nsa::cuda::portable {
 
 constexpr int kDecodeRows = 16;
-constexpr int kDecodeKeys = 16;  // of a tile
 
 template <int kDimQK, int kDimV>
 struct DecodeLayout : DecodeConfig<kDimQK, kDimV> {
   using Config = DecodeConfig<kDimQK, kDimV>;
   static constexpr int kThreads = Config::kWarps * 32;
-  static constexpr int kStageBytes = tile_bytes<kDimQK>(kDecodeKeys) + tile_bytes<kDimV>(kDecodeKeys);
+  static constexpr int kStageBytes = tile_bytes<kDimQK>(Config::kKeys) + tile_bytes<kDimV>(Config::kKeys);
   static constexpr int kQ = 0;
   static constexpr int kRing = kQ + tile_bytes<kDimQK>(kDecodeRows);
   static constexpr int kRingBytes = Config::kWarps * Config::kStages * kStageBytes;
@@ -35,7 +34,7 @@ struct PartialResult {
   float2* state;  // (largest logit in base 2, sum of 2^(logit - largest)); (-inf, 0) for no key
 };
 
-// Keys and values of one sequence and KV head; key i is row i + shift.
+// Keys and values of one sequence and KV head, which lie in the same pages and rows; key i is row i + shift.
 struct CachedKeys {
   const CachedRows& k;
   const CachedRows& v;
@@ -43,29 +42,83 @@ struct CachedKeys {
   int head, shift;
 };
 
-// Keys first .. first + 15 into a stage; zeros from `end` on.
+// What the rows lane / 4 and lane / 4 + 8 see: low <= key < high; all rows see full_low <= key < full_high.
+struct VisibleKeys {
+  int low[2], high[2];
+  int full_low, full_high;
+};
+
+// One operand of a tile: lane i holds the offset of key i, or -1 for zeros. Eight rows of 64 bytes at a time.
+template <typename T, int kDim, int kKeys>
+__device__ __forceinline__ void load_rows(uint32_t tile, const void* data, int64_t own_offset, int lane) {
+  const uint32_t target = tile + ((lane >> 2) * kPitch<kDim> + (lane & 3) * 8) * 2;
+#pragma unroll
+  for (int row = 0; row < kKeys; row += 8) {
+    const int64_t offset = __shfl_sync(~0u, own_offset, row + (lane >> 2));
+    const T* source = static_cast<const T*>(data) + max64(offset, 0) + (lane & 3) * 8;
+#pragma unroll
+    for (int chunk = 0; chunk < kDim / 8; chunk += 4)
+      ptx::async_copy_16(target + (row * kPitch<kDim> + chunk * 8) * 2, source + chunk * 8, offset >= 0);
+  }
+}
+
+// Keys first .. first + kKeys - 1 into a stage; zeros from `end` on.
 template <typename T, int kDimQK, int kDimV>
 __device__ __forceinline__ void load_keys(uint32_t stage, const CachedKeys& keys, int first, int end,
                                           int lane) {
+  constexpr int kKeys = DecodeLayout<kDimQK, kDimV>::kKeys;
   int64_t k_offset = -1, v_offset = -1;
-  if (lane < kDecodeKeys && first + lane < end) {
-    const int row = first + lane + keys.shift;
-    k_offset = cached_offset(keys.k, keys.b, row, keys.head);
-    v_offset = cached_offset(keys.v, keys.b, row, keys.head);
+  if (lane < kKeys && first + lane < end) {
+    const PageAndRow at(keys.k, keys.b, first + lane + keys.shift);
+    k_offset = at.offset(keys.k, keys.head);
+    v_offset = at.offset(keys.v, keys.head);
   }
-  const auto load = [&]<int kDim>(uint32_t tile, const void* data, int64_t own_offset) {
-    constexpr int kChunks = kDim / 8;
-#pragma unroll
-    for (int i = 0; i < kDecodeKeys * kChunks / 32; ++i) {
-      const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-      const int64_t offset = __shfl_sync(~0u, own_offset, row);
-      const T* source = static_cast<const T*>(data) + (offset < 0 ? 0 : offset + chunk * 8);
-      ptx::async_copy_16(tile + (row * kPitch<kDim> + chunk * 8) * 2, source, offset >= 0);
-    }
-  };
-  load.template operator()<kDimQK>(stage, keys.k.data, k_offset);
-  load.template operator()<kDimV>(stage + tile_bytes<kDimQK>(kDecodeKeys), keys.v.data, v_offset);
+  load_rows<T, kDimQK, kKeys>(stage, keys.k.data, k_offset, lane);
+  load_rows<T, kDimV, kKeys>(stage + tile_bytes<kDimQK>(kKeys), keys.v.data, v_offset, lane);
 }
+
+// SlabSoftmax that rescales only when a maximum grows, which after the first tiles is seldom.
+struct DecodeSoftmax {
+  float max[2] = {kNegInf, kNegInf};  // of the raw scores
+  float sum[2] = {0.f, 0.f};          // of this thread's columns
+
+  template <int kTiles, int kOut>
+  __device__ __forceinline__ void update(float (&acc)[kTiles][4], float (&out)[kOut][4], float scale) {
+    float high[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      high[h] = max[h];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) high[h] = fmaxf(high[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
+      high[h] = quad_max(high[h]);
+    }
+    if (__any_sync(~0u, high[0] > max[0] || high[1] > max[1])) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float shrink = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
+        max[h] = high[h];
+        sum[h] *= shrink;
+#pragma unroll
+        for (int d = 0; d < kOut; ++d) {
+          out[d][2 * h] *= shrink;
+          out[d][2 * h + 1] *= shrink;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float base = max[h] == kNegInf ? 0.f : max[h] * scale;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int c = 2 * h; c < 2 * h + 2; ++c) {
+          acc[n][c] = ptx::exp2_approx(fmaf(acc[n][c], scale, -base));
+          sum[h] += acc[n][c];
+        }
+      }
+    }
+  }
+};
 
 // Starts the copy of Q; row r is at rows(r), or zeros where it returns null.
 template <int kDimQK, int kDimV, typename RowPointer>
@@ -76,16 +129,16 @@ __device__ __forceinline__ void load_queries(uint32_t base, const RowPointer& ro
 }
 
 // Attends num_tiles tiles of keys; the warps take turns. first_key(tile) and end_key(tile) give the keys of a
-// tile; row r sees keys low[half] <= key < high[half], r = lane / 4 + 8 * half. use_scores(first, scores)
-// gets the logits in base 2 of a tile, unmasked. partial(r) says where row r goes (o = null: nowhere).
+// tile. use_scores(first, scores) gets the raw logits of a tile, unmasked. partial(r) says where row r goes
+// (o = null: nowhere).
 template <typename T, int kDimQK, int kDimV, typename FirstKey, typename EndKey, typename UseScores,
           typename Partial>
 __device__ __forceinline__ void attend_tiles(unsigned char* shared, uint32_t base, const CachedKeys& keys,
                                              int num_tiles, const FirstKey& first_key, const EndKey& end_key,
-                                             const int (&low)[2], const int (&high)[2], float scale,
+                                             const VisibleKeys& visible, float scale,
                                              const UseScores& use_scores, const Partial& partial) {
   using Layout = DecodeLayout<kDimQK, kDimV>;
-  constexpr int kWarps = Layout::kWarps, kStages = Layout::kStages;
+  constexpr int kWarps = Layout::kWarps, kStages = Layout::kStages, kKeys = Layout::kKeys;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t ring = base + Layout::kRing + warp * kStages * Layout::kStageBytes;
   const auto load = [&](int index, int stage) {
@@ -102,26 +155,28 @@ __device__ __forceinline__ void attend_tiles(unsigned char* shared, uint32_t bas
   __syncthreads();
 
   float out[1][kDimV / 8][4] = {};
-  SlabSoftmax softmax;
+  DecodeSoftmax softmax;
   for (int index = 0; index * kWarps + warp < num_tiles; ++index) {
     load(index + kStages - 1, (index + kStages - 1) % kStages);
     ptx::async_wait<kStages - 1>();
     __syncwarp();
-    const uint32_t k = ring + index % kStages * Layout::kStageBytes, v = k + tile_bytes<kDimQK>(kDecodeKeys);
+    const uint32_t k = ring + index % kStages * Layout::kStageBytes, v = k + tile_bytes<kDimQK>(kKeys);
     const int first = first_key(index * kWarps + warp), end = end_key(index * kWarps + warp);
-    float score[1][kDecodeKeys / 8][4] = {};
-    multiply_transposed<T, kDimQK, kDecodeKeys, 1>(score, base + Layout::kQ, k, lane);
+    float score[1][kKeys / 8][4] = {};
+    multiply_transposed<T, kDimQK, kKeys, 1>(score, base + Layout::kQ, k, lane);
     use_scores(first, score[0]);
+    if (first < visible.full_low || first + kKeys > min(visible.full_high, end)) {
 #pragma unroll
-    for (int i = 0; i < kDecodeKeys / 8; ++i) {
+      for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int key = first + i * 8 + (lane & 3) * 2 + (c & 1), half = c >> 1;
-        if (key < low[half] || key >= min(high[half], end)) score[0][i][c] = kNegInf;
+        for (int c = 0; c < 4; ++c) {
+          const int key = first + i * 8 + (lane & 3) * 2 + (c & 1), half = c >> 1;
+          if (key < visible.low[half] || key >= min(visible.high[half], end)) score[0][i][c] = kNegInf;
+        }
       }
     }
     softmax.update(score[0], out[0], scale);
-    multiply_probabilities<T, kDimV, kDecodeKeys, 1>(out, score, v, lane);
+    multiply_probabilities<T, kDimV, kKeys, 1>(out, score, v, lane);
     __syncwarp();
   }
   ptx::async_wait<0>();

@@ -41,14 +41,27 @@ __device__ inline int64_t find_sequence(const CachedBatch& seqs, int64_t row) {
   return row >= seq.q_begin && row < seq.q_begin + seq.q_len ? low : -1;
 }
 
-// Offset of row s of sequence b, or -1 if the block table names no page there is. 32-bit division: a cache
-// has fewer than 2^31 tokens per sequence.
+// Where row s of sequence b lies. 32-bit division: a cache has fewer than 2^31 tokens per sequence.
+struct PageAndRow {
+  int64_t page;
+  int row;
+
+  // A ring keeps row s in its row s % page_rows.
+  __device__ PageAndRow(const CachedRows& rows, int64_t b, int s) {
+    const unsigned page_rows = static_cast<unsigned>(rows.page_rows),
+                   index = static_cast<unsigned>(s) / page_rows;
+    row = static_cast<int>(static_cast<unsigned>(s) - index * page_rows);
+    page = rows.block_table == nullptr ? b : rows.block_table[b * rows.table_width + index];
+  }
+  // -1 if the block table names no page there is.
+  __device__ int64_t offset(const CachedRows& rows, int head) const {
+    if (page < 0 || page >= rows.num_pages) return -1;
+    return page * rows.stride_page + row * rows.stride_row + head * rows.stride_head;
+  }
+};
+
 __device__ inline int64_t cached_offset(const CachedRows& rows, int64_t b, int s, int head) {
-  const int page_rows = static_cast<int>(rows.page_rows);
-  const int index = s / page_rows, row = s - index * page_rows;
-  const int64_t page = rows.block_table == nullptr ? b : rows.block_table[b * rows.table_width + index];
-  if (page < 0 || page >= rows.num_pages) return -1;
-  return page * rows.stride_page + row * rows.stride_row + head * rows.stride_head;
+  return PageAndRow(rows, b, s).offset(rows, head);
 }
 
 }  // namespace nsa::cuda
