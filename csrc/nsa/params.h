@@ -220,7 +220,7 @@ struct CompressBwdParams {
   // [S, H, D], contiguous, zeroed by the caller; null = not wanted. The CPU adds to it in acc. CUDA writes it
   // in the dtype of x: no other gradient goes there, and a copy in fp32 would cost as much as the products.
   void* dx;
-  void* d_pe;             // acc, the parameters' shapes, added to; null = not wanted
+  void* d_pe;  // acc, the parameters' shapes, added to; null = not wanted
   void* d_w1;
   void* d_b1;
   void* d_w2;

@@ -5,10 +5,10 @@
 // fragments of dV += P^T dO and dK += dS^T Q. Where key tiles are few, the walk is split over blocks, which
 // leave their parts in the workspace; a second kernel adds them in order. dQ by query tile, as the forward.
 // Nothing is added by atomics, so results are bitwise repeatable.
+#include "cuda/common/key_parts.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
-#include "cuda/common/key_parts.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
