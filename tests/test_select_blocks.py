@@ -42,53 +42,49 @@ def test_equals_reference(case: Case, q_scale: float, device: str, dtype: torch.
 
 
 def select(k_cmp: torch.Tensor, q: torch.Tensor, n: int, initial: int, local: int) -> torch.Tensor:
-    """block_indices of one head, for l = d = 8, l' = 16."""
+    """block_indices of one head, for l = d = 16, l' = 32."""
     cu = (None, None, q.shape[0], q.shape[0])
-    _, lse = op("compressed_attention")(q, k_cmp, k_cmp, *cu, 8, 8, 1.0)
-    return op("select_blocks")(q, k_cmp, lse, *cu, 8, 8, 16, n, initial, local, 1.0)[:, 0].cpu()
+    _, lse = op("compressed_attention")(q, k_cmp, k_cmp, *cu, 16, 16, 1.0)
+    return op("select_blocks")(q, k_cmp, lse, *cu, 16, 16, 32, n, initial, local, 1.0)[:, 0].cpu()
 
 
 @by_device
 def test_equal_scores_go_to_the_lower_block(device: str) -> None:
     dtype = default_dtype(device)
-    q = torch.zeros(160, 1, 64, dtype=dtype, device=device)
+    q = torch.zeros(320, 1, 64, dtype=dtype, device=device)
     k_cmp = torch.zeros(20, 1, 64, dtype=dtype, device=device)
     indices = select(k_cmp, q, 3, 0, 0)
+    assert indices[319].tolist() == [0, 1, 2]
     assert indices[159].tolist() == [0, 1, 2]
-    assert indices[79].tolist() == [0, 1, 2]
     indices = select(k_cmp, q, 4, 1, 1)
-    assert indices[159].tolist() == [0, 1, 2, 9]
+    assert indices[319].tolist() == [0, 1, 2, 9]
 
 
 @by_device
 def test_zero_score_still_qualifies(device: str) -> None:
     dtype = default_dtype(device)
-    q = torch.zeros(160, 1, 64, dtype=dtype, device=device)
+    q = torch.zeros(320, 1, 64, dtype=dtype, device=device)
     k_cmp = torch.zeros(20, 1, 64, dtype=dtype, device=device)
-    assert select(k_cmp, q, 3, 0, 0)[20].tolist() == [
-        0,
-        1,
-        -1,
-    ]  # nothing of block 1 is visible in compressed form
-    assert select(k_cmp, q, 3, 0, 0)[3].tolist() == [0, -1, -1]
+    assert select(k_cmp, q, 3, 0, 0)[40].tolist() == [0, 1, -1]  # no compressed block of 1 is visible
+    assert select(k_cmp, q, 3, 0, 0)[6].tolist() == [0, -1, -1]
 
 
 @by_device
 def test_highest_scores_win(device: str) -> None:
     dtype = default_dtype(device)
-    q = torch.ones(160, 1, 64, dtype=dtype, device=device)
+    q = torch.ones(320, 1, 64, dtype=dtype, device=device)
     k_cmp = torch.zeros(20, 1, 64, dtype=dtype, device=device)
     for block, size in ((3, 0.25), (5, 0.5), (8, 0.125)):
         k_cmp[2 * block] = size
     indices = select(k_cmp, q, 2, 0, 0)
-    assert indices[159].tolist() == [3, 5]
-    assert indices[70].tolist() == [0, 3]  # own block 4: block 5 does not exist yet
-    assert select(k_cmp, q, 4, 1, 1)[159].tolist() == [0, 3, 5, 9]
+    assert indices[319].tolist() == [3, 5]
+    assert indices[141].tolist() == [0, 3]  # own block 4: block 5 does not exist yet
+    assert select(k_cmp, q, 4, 1, 1)[319].tolist() == [0, 3, 5, 9]
 
 
 @by_device
 def test_no_gradient_flows(device: str) -> None:
-    x = Inputs(Case("", (150,), packed=False), default_dtype(device), device)
+    x = Inputs(Case("", (150,), dims=(64, 64), packed=False), default_dtype(device), device)
     q, k = x.q.requires_grad_(), x.keys("cmp").requires_grad_()
     lse = exact_lse(x, k).to(accumulator(q.dtype)).to(device)
     for result in (
