@@ -68,6 +68,11 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   static_assert(kKeys / kCluster % 8 == 0 && kBytes <= 232448);
 };
 
+// The tokens of a thread's two rows, counted from the first of the warpgroup.
+struct TokenPair {
+  short first, second;
+};
+
 // KeyBlocks in 32 bits: positions of a sequence fit, and 64-bit divisions are slow.
 struct Visibility {
   int block, stride, window;
@@ -246,20 +251,14 @@ __device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base
   }
 }
 
-template <int kKeys>
-__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 2], const Visibility& visible, int begin,
-                                            int num_keys, int position0, int position1, int lane) {
+// Among columns [kBegin, kEnd), the scores of those from bound[h] on (kUpper), or before it, become -inf in
+// row h of the pair.
+template <bool kUpper, int kBegin, int kEnd, int kCount>
+__device__ __forceinline__ void mask_columns(float (&s)[kCount], const int (&bound)[2]) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = h == 0 ? position0 : position1, first = visible.begin(t);
-    const unsigned count = max(0, min(visible.end(t), num_keys) - first);
-    const int lo = first - begin - 2 * (lane & 3);
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) {
-      const int column = 8 * (i / 2) + i % 2;
-      float& score = s[4 * (i / 2) + 2 * h + i % 2];
-      score = static_cast<unsigned>(column - lo) < count ? score : kNegInf;
-    }
+  for (int i = kBegin / 2; i < kEnd / 2; ++i) {
+    const int column = 8 * (i / 4) + i % 2;
+    if ((column >= bound[i / 2 % 2]) == kUpper) s[i] = kNegInf;
   }
 }
 
@@ -303,10 +302,10 @@ __device__ __forceinline__ void clear_unseen_values(uint32_t v, int begin, int s
 template <typename T, int kDimV>
 __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, int group,
                                            const volatile Item& item, const float (&o)[kDimV / 2],
-                                           const RowPair& rows, int row0, int lane) {
+                                           const RowPair& rows, TokenPair tokens, int row0, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int token = (row0 + 8 * h) / group, member = row0 + 8 * h - token * group;
+    const int token = h == 0 ? tokens.first : tokens.second, member = row0 + 8 * h - token * group;
     const bool valid = token < item.tokens;
     const float sum = quad_sum(rows.sum[h]);
     const int64_t row = (item.row + token) * p.shape.num_heads_q + item.head * group + member;
@@ -325,6 +324,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   constexpr int kKeys = Layout::kKeys, kCluster = Layout::kCluster;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int row0 = thread / 32 * 16 + lane / 4;
+  const TokenPair tokens{static_cast<short>(row0 / plan.group), static_cast<short>((row0 + 8) / plan.group)};
   // Lane i of every warp tells block i of the cluster that a slot is free.
   const uint32_t told = kCluster > 1 ? ptx::cluster_address(base, lane % kCluster) : base;
   using Ring = RingPosition<Layout::kStages>;
@@ -368,9 +368,19 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   const auto mask = [&](int key_tile) {
     const volatile Item& item = item_of(count);
     const int begin = item.bottom + key_tile * kKeys;
-    if (begin < item.safe_lo || begin + kKeys > item.safe_hi) {
-      mask_scores<kKeys>(s, plan.visible, begin, item.num_keys, item.position + row0 / plan.group,
-                         item.position + (row0 + 8) / plan.group, lane);
+    const int first = begin + 2 * (lane & 3);  // the key of this thread's first column
+    const int t[2] = {item.position + tokens.first, item.position + tokens.second};
+    constexpr int kEdge = 32;  // windows are cut within so many columns of a tile's end
+    if (begin + kKeys > item.safe_hi) {
+      const int end[2] = {min(plan.visible.end(t[0]), item.num_keys) - first,
+                          min(plan.visible.end(t[1]), item.num_keys) - first};
+      mask_columns<true, kKeys - kEdge, kKeys>(s, end);
+      if (begin + kKeys - kEdge > item.safe_hi) mask_columns<true, 0, kKeys - kEdge>(s, end);
+    }
+    if (begin < item.safe_lo) {
+      const int lo[2] = {plan.visible.begin(t[0]) - first, plan.visible.begin(t[1]) - first};
+      mask_columns<false, 0, kEdge>(s, lo);
+      if (begin + kEdge < item.safe_lo) mask_columns<false, kEdge, kKeys>(s, lo);
     }
   };
   const auto wait_for_keys = [&](Ring ring) {
@@ -446,7 +456,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     ptx::pin_registers(o);
     release(Layout::kEmptyV, Ring(tiles));
     ++tiles;
-    store_rows<T, kDimV>(p, plan.group, item_of(count - 1), o, rows, row0, lane);
+    store_rows<T, kDimV>(p, plan.group, item_of(count - 1), o, rows, tokens, row0, lane);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(s);
   }
