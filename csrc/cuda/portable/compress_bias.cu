@@ -2,6 +2,7 @@
 // Bound by the read of W1, so the summed dimension is split into kCompressBiasParts.
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 
 namespace nsa::cuda::portable {
 namespace {
@@ -12,6 +13,7 @@ constexpr int kWarps = 8;
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32) compress_bias_portable(const CompressFwdParams p) {
   __shared__ float partial[kWarps][kColumns];
+  ptx::launch_dependents();  // the Hopper forward waits for the sums where it needs them
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = blockIdx.x;
   const int first = blockIdx.y * kColumns, f = first + lane * 8;
   const int64_t h = blockIdx.z, depth = p.blocks.block * p.head_dim;
@@ -20,7 +22,7 @@ __global__ void __launch_bounds__(kWarps * 32) compress_bias_portable(const Comp
           *w1 = static_cast<const T*>(p.w1) + h * depth * p.hidden_size + f;
   float sum[8] = {};
   if (f < p.hidden_size) {
-#pragma unroll 4
+#pragma unroll 16
     for (int64_t k = begin + warp; k < end; k += kWarps) {
       const float x = static_cast<float>(pe[k]);
       const uint4 packed = *reinterpret_cast<const uint4*>(w1 + k * p.hidden_size);

@@ -30,56 +30,42 @@ __device__ __forceinline__ const T* row_of(const RowsView& view, int64_t row, in
          row % num_heads * view.stride_head;
 }
 
-// A group takes kRows adjacent rows one after another; then one lane a row writes, so that the small outputs
-// fill whole sectors.
-constexpr int kRows = 4;
-
 template <typename T, typename G, int kLanes>
 __global__ void __launch_bounds__(kThreads) gated_combine_bwd_portable(const GatedCombineBwdParams p) {
   const int64_t num_rows = p.num_tokens * p.num_heads;
-  const int64_t end =
-      p.end_token == nullptr ? num_rows : min64(num_rows, static_cast<int64_t>(*p.end_token) * p.num_heads);
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes * kRows;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   const int lane = threadIdx.x % kLanes, chunks = p.head_dim_v / kVector;
-  float gate[kNumBranches] = {}, d_gate[kNumBranches] = {};  // of row first + lane
-  if (lane < kRows && first + lane < end) {
-    const G* logits = static_cast<const G*>(p.gate_logits) + (first + lane) * kNumBranches;
+  const bool exists = row < num_rows;
+  const bool visible =
+      exists && (p.end_token == nullptr || row < static_cast<int64_t>(*p.end_token) * p.num_heads);
+  const G* logits = static_cast<const G*>(p.gate_logits) + row * kNumBranches;
+  float gate[kNumBranches], d_gate[kNumBranches] = {};
 #pragma unroll
-    for (int b = 0; b < kNumBranches; ++b) gate[b] = 1.f / (1.f + __expf(-to_float(logits[b])));
-  }
-#pragma unroll 1
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t row = first + r;
-    const T* d_o = row_of<T>(p.d_o, row < end ? row : 0, p.num_heads);
-    float row_gate[kNumBranches], sum[kNumBranches] = {};
+  for (int b = 0; b < kNumBranches; ++b) gate[b] = visible ? 1.f / (1.f + __expf(-to_float(logits[b]))) : 0.f;
+
+  const T* d_o = row_of<T>(p.d_o, visible ? row : 0, p.num_heads);
+  for (int chunk = lane; exists && chunk < chunks; chunk += kLanes) {
+    float x[kVector] = {};
+    if (visible) load_floats(x, d_o + chunk * kVector);
 #pragma unroll
-    for (int b = 0; b < kNumBranches; ++b) row_gate[b] = __shfl_sync(~0u, gate[b], r, kLanes);
-    for (int chunk = lane; row < num_rows && chunk < chunks; chunk += kLanes) {
+    for (int b = 0; b < kNumBranches; ++b) {
       const int64_t at = row * p.head_dim_v + chunk * kVector;
-      float x[kVector] = {};
-      if (row < end) load_floats(x, d_o + chunk * kVector);
-#pragma unroll
-      for (int b = 0; b < kNumBranches; ++b) {
-        if (row < end && (p.delta[b] != nullptr || p.d_gate_logits != nullptr)) {
-          float o[kVector];
-          load_floats(o, static_cast<const T*>(p.o_branch[b]) + at);
-          sum[b] += dot(x, o);
-        }
-        if (p.d_o_branch[b] == nullptr) continue;
+      if (visible && (p.delta[b] != nullptr || p.d_gate_logits != nullptr)) {
+        float o[kVector];
+        load_floats(o, static_cast<const T*>(p.o_branch[b]) + at);
+        d_gate[b] += dot(x, o);
+      }
+      if (p.d_o_branch[b] != nullptr) {
         float scaled[kVector];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) scaled[i] = row_gate[b] * x[i];
+        for (int i = 0; i < kVector; ++i) scaled[i] = gate[b] * x[i];
         store_floats(static_cast<T*>(p.d_o_branch[b]) + at, scaled);
       }
     }
-#pragma unroll
-    for (int b = 0; b < kNumBranches; ++b) {
-      const float total = sum_lanes<kLanes>(sum[b]);
-      if (lane == r) d_gate[b] = total;
-    }
   }
-  const int64_t row = first + lane;
-  if (lane >= kRows || row >= num_rows) return;
+#pragma unroll
+  for (int b = 0; b < kNumBranches; ++b) d_gate[b] = sum_lanes<kLanes>(d_gate[b]);
+  if (lane != 0 || !exists) return;
 #pragma unroll
   for (int b = 0; b < kNumBranches; ++b) {
     if (p.gates[b] != nullptr) static_cast<float*>(p.gates[b])[row] = gate[b];
@@ -108,16 +94,16 @@ __global__ void __launch_bounds__(kThreads) attention_delta_portable(const Delta
   if (lane == 0 && exists) static_cast<float*>(p.delta)[row] = sum;
 }
 
-// f<kLanes>(grid): as many lanes a group as a row has chunks of 16 bytes.
+// f<kLanes>(grid): lanes a row for its 16-byte chunks.
 template <typename F>
-Status with_lanes(int head_dim, int64_t num_groups, F&& f) {
+Status with_lanes(int head_dim, int64_t num_rows, F&& f) {
   if (head_dim % kVector != 0) {
     return Status::error(StatusCode::kUnsupported,
                          "head dim %d of the outputs has no CUDA kernel; it must be a multiple of %d",
                          head_dim, kVector);
   }
   const auto grid = [&](int lanes) {
-    return dim3(static_cast<unsigned>(ceil_div(num_groups, kThreads / lanes)));
+    return dim3(static_cast<unsigned>(ceil_div(num_rows, kThreads / lanes)));
   };
   if (head_dim <= 8 * kVector) return f.template operator()<8>(grid(8));
   if (head_dim <= 16 * kVector) return f.template operator()<16>(grid(16));
@@ -127,8 +113,7 @@ Status with_lanes(int head_dim, int64_t num_groups, F&& f) {
 }  // namespace
 
 Status gated_combine_backward(const GatedCombineBwdParams& p, const Stream& stream) {
-  const int64_t groups = ceil_div(p.num_tokens * p.num_heads, kRows);
-  return with_lanes(p.head_dim_v, groups, [&]<int kLanes>(dim3 grid) {
+  return with_lanes(p.head_dim_v, p.num_tokens * p.num_heads, [&]<int kLanes>(dim3 grid) {
     return dispatch_half(p.dtype, [&]<typename T>() {
       constexpr const char* kName = "gated_combine_bwd_portable";
       if (p.gate_dtype == DType::kF32)

@@ -8,6 +8,7 @@
 // layer by mma.sync. PE enters through the bias (portable/compress_bias.cu).
 #include "cuda/host/launch_kernel.h"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/sm90/compress_ring.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -233,12 +234,13 @@ __global__ void __launch_bounds__(kRingThreads, 1)
     exists = tokens[threadIdx.x] >= 0;
   }
   if (threadIdx.x == 0) ring.init();
-  if (__syncthreads_or(exists) == 0) return;  // the same in the whole cluster
+  if (__syncthreads_or(exists) == 0) {  // the same in the whole cluster
+    ptx::wait_for_dependency();         // this kernel must not end before the one in front of it
+    return;
+  }
 
   float acc[kHidden / 2];
   if (consumes) {
-    for (int f = threadIdx.x; f < kHidden; f += kRingConsumers)
-      bias[f] = f < p.hidden_size ? first_layer_bias<T>(p, p.per_head ? task.head : 0, f) : 0.f;
     const uint32_t rows = threadIdx.x / 128 * 64 * kPanelPitch;  // of this warpgroup
     ring.consume(acc, 0, task.end - task.begin, [&](int stage, bool accumulate) {
       const uint32_t a = stages + stage * L::kStageBytes, b = a + kABytes;
@@ -250,6 +252,9 @@ __global__ void __launch_bounds__(kRingThreads, 1)
     });
   } else {
     produce<T, kHidden>(p, w1_map, task, tokens, stages, ring);
+    ptx::wait_for_dependency();  // the sums of compress_bias
+    for (int f = threadIdx.x - kRingConsumers; f < kHidden; f += kRingProducers)
+      bias[f] = f < p.hidden_size ? first_layer_bias<T>(p, p.per_head ? task.head : 0, f) : 0.f;
   }
   __syncthreads();  // the stages are free
 
@@ -314,11 +319,13 @@ Status launch_clusters(const CompressFwdParams& p, const CUtensorMap& w1_map, co
   config.blockDim = dim3(kRingThreads);
   config.dynamicSmemBytes = Layout<kHidden>::kBytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(split), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(split), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = p.pe != nullptr ? 2 : 1;  // with PE, the kernel in front is compress_bias
   cudaFuncSetAttribute(compress_fwd_sm90<T, kHidden>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        Layout<kHidden>::kBytes);
   cudaLaunchKernelEx(&config, compress_fwd_sm90<T, kHidden>, p, w1_map, split);
