@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVector = 8;    // elements of 16 bits in 16 bytes
 constexpr int kHeads = 4;     // that share one read of the weights
-constexpr int kMaxSlots = 8;  // thread blocks for each token of a block: few sequences complete one at a time
+constexpr int kMaxSlots = 4;  // thread blocks for each token of a block: few sequences complete one at a time
 constexpr int kMaxHidden = 2048;
 constexpr int kMaxDim = 256;
 
@@ -65,72 +65,92 @@ __device__ __forceinline__ const T* phi_token(const TokenStream& stream, const S
   return static_cast<const T*>(stream.tail.data) + cached_offset(stream.tail, b, t, head);
 }
 
-// One token's share of W1 . vec(X + PE), for the heads of a block; kMean: the token itself.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) append_hidden_portable(const __grid_constant__ AppendKvParams p,
-                                                                   const __grid_constant__ AppendPlan plan) {
-  __shared__ float x[kHeads][kMaxDim];
-  __shared__ float sums[kThreads * kHeads * kVector];
-  const TokenStream& stream = stream_of(p, blockIdx.y);
-  const CompressFwdParams& phi = stream.phi;
-  const int offset = blockIdx.x, num_slots = static_cast<int>(p.seqs.batch) * plan.blocks_per_sequence;
-  for (int slot = blockIdx.z; slot < num_slots; slot += gridDim.z) {
-    const int64_t b = slot / plan.blocks_per_sequence;
-    const int j = slot % plan.blocks_per_sequence;
-    const Sequence seq = clamped_sequence(p.seqs, b);
-    const NewBlocks blocks(phi.blocks, seq);
-    if (j >= blocks.count) continue;
-    const int t = static_cast<int>((blocks.first + j) * phi.blocks.stride) + offset;
-    const int dim = phi.head_dim, hidden = phi.hidden_size, heads = phi.num_heads;
-    const int64_t length = phi.blocks.block;
-    float* out = plan.hidden[blockIdx.y] + (int64_t{slot} * heads * length + offset) * hidden;
+struct HiddenShared {
+  float x[kHeads][kMaxDim];
+  float sums[kThreads * kHeads * kVector];
+};
 
-    const int per_pass = phi.per_head ? 1 : kHeads, vectors = hidden / kVector, parts = kThreads / vectors;
-    const int vector = threadIdx.x % vectors, part = threadIdx.x / vectors;
-    for (int head = 0; head < heads; head += per_pass) {
-      const int count = min(per_pass, heads - head);
-      const int64_t h = phi.per_head ? head : 0;
-      const T* pe = phi.pe == nullptr ? nullptr : static_cast<const T*>(phi.pe) + (h * length + offset) * dim;
-      for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
-        const int g = i / dim, c = i % dim;
-        float value = 0.f;
-        if (g < count) {
-          value = static_cast<float>(phi_token<T>(stream, seq, b, t, head + g)[c]);
-          if (pe != nullptr) value += static_cast<float>(pe[c]);
-          if (phi.kind == CompressKind::kMean) out[(head + g) * length * hidden + c] = value;
-        }
-        x[g][c] = value;
+// One token's share of W1 . vec(X + PE) for a block, all heads; kMean: the token itself.
+template <typename T>
+__device__ void hidden_share(const TokenStream& stream, const Sequence& seq, int64_t b, int t, int offset,
+                             float* out, HiddenShared& shared) {
+  const CompressFwdParams& phi = stream.phi;
+  const int dim = phi.head_dim, hidden = phi.hidden_size, heads = phi.num_heads;
+  const int64_t length = phi.blocks.block;
+  const int per_pass = phi.per_head ? 1 : kHeads, vectors = hidden / kVector, parts = kThreads / vectors;
+  const int vector = threadIdx.x % vectors, part = threadIdx.x / vectors;
+  for (int head = 0; head < heads; head += per_pass) {
+    const int count = min(per_pass, heads - head);
+    const int64_t h = phi.per_head ? head : 0;
+    const T* pe = phi.pe == nullptr ? nullptr : static_cast<const T*>(phi.pe) + (h * length + offset) * dim;
+    for (int i = threadIdx.x; i < kHeads * dim; i += kThreads) {
+      const int g = i / dim, c = i % dim;
+      float value = 0.f;
+      if (g < count) {
+        value = static_cast<float>(phi_token<T>(stream, seq, b, t, head + g)[c]);
+        if (pe != nullptr) value += static_cast<float>(pe[c]);
+        if (phi.kind == CompressKind::kMean) out[(head + g) * length * hidden + c] = value;
       }
-      if (phi.kind == CompressKind::kMean) continue;
-      __syncthreads();
-      float acc[kHeads][kVector] = {};
-      if (part < parts) {
-        const T* w = static_cast<const T*>(phi.w1) + (h * length + offset) * dim * hidden + vector * kVector;
+      shared.x[g][c] = value;
+    }
+    if (phi.kind == CompressKind::kMean) continue;
+    __syncthreads();
+    float acc[kHeads][kVector] = {};
+    if (part < parts) {
+      const T* w = static_cast<const T*>(phi.w1) + (h * length + offset) * dim * hidden + vector * kVector;
 #pragma unroll 8
-        for (int c = part; c < dim; c += parts) {
-          const Pack<T> weights = *reinterpret_cast<const Pack<T>*>(w + static_cast<int64_t>(c) * hidden);
-#pragma unroll
-          for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-            for (int e = 0; e < kVector; ++e)
-              acc[g][e] = fmaf(x[g][c], static_cast<float>(weights.value[e]), acc[g][e]);
-          }
-        }
+      for (int c = part; c < dim; c += parts) {
+        const Pack<T> weights = *reinterpret_cast<const Pack<T>*>(w + static_cast<int64_t>(c) * hidden);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
           for (int e = 0; e < kVector; ++e)
-            sums[(part * kHeads + g) * hidden + vector * kVector + e] = acc[g][e];
+            acc[g][e] = fmaf(shared.x[g][c], static_cast<float>(weights.value[e]), acc[g][e]);
         }
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < count * hidden; i += kThreads) {
-        const int g = i / hidden, f = i % hidden;
-        float sum = 0.f;
-        for (int k = 0; k < parts; ++k) sum += sums[(k * kHeads + g) * hidden + f];
-        out[(head + g) * length * hidden + f] = sum;
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e)
+          shared.sums[(part * kHeads + g) * hidden + vector * kVector + e] = acc[g][e];
       }
-      __syncthreads();
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * hidden; i += kThreads) {
+      const int g = i / hidden, f = i % hidden;
+      float sum = 0.f;
+      for (int k = 0; k < parts; ++k) sum += shared.sums[(k * kHeads + g) * hidden + f];
+      out[(head + g) * length * hidden + f] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// Thread blocks (token of a block, K or V, share of the sequences).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) append_hidden_portable(const __grid_constant__ AppendKvParams p,
+                                                                   const __grid_constant__ AppendPlan plan) {
+  __shared__ HiddenShared shared;
+  const TokenStream& stream = stream_of(p, blockIdx.y);
+  const CompressFwdParams& phi = stream.phi;
+  const int offset = blockIdx.x, num_slots = static_cast<int>(p.seqs.batch) * plan.blocks_per_sequence;
+  // Every warp looks at 32 slots at once: most have no finished block.
+  for (int first = blockIdx.z; first < num_slots; first += 32 * gridDim.z) {
+    const auto exists = [&](int slot) {
+      const NewBlocks blocks(phi.blocks, clamped_sequence(p.seqs, slot / plan.blocks_per_sequence));
+      return slot % plan.blocks_per_sequence < blocks.count;
+    };
+    const int own = first + static_cast<int>((threadIdx.x & 31) * gridDim.z);
+    unsigned found = __ballot_sync(~0u, own < num_slots && exists(own));
+    for (; found != 0; found &= found - 1) {
+      const int slot = first + static_cast<int>((__ffs(found) - 1) * gridDim.z);
+      const int64_t b = slot / plan.blocks_per_sequence;
+      const Sequence seq = clamped_sequence(p.seqs, b);
+      const int block = NewBlocks(phi.blocks, seq).first + slot % plan.blocks_per_sequence;
+      hidden_share<T>(stream, seq, b, block * static_cast<int>(phi.blocks.stride) + offset, offset,
+                      plan.hidden[blockIdx.y] +
+                          (int64_t{slot} * phi.num_heads * phi.blocks.block + offset) * phi.hidden_size,
+                      shared);
     }
   }
 }
