@@ -21,6 +21,8 @@ OPERATORS = {
     "selected_attention",
     "sliding_window_attention",
     "gated_combine",
+    "append_kv",
+    "decode_attention",
     "attention",
 }
 
