@@ -346,9 +346,11 @@ __global__ void __launch_bounds__(kThreads)
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
     for (int i = group; i < parts; i += kParallel) {
+      // A part without keys weighs nothing and has unwritten memory; it is read all the same, so that no load
+      // waits for a branch.
       const float weight = weights[i];
-      if (weight == 0.f) continue;  // a part without keys has unwritten memory
-      const float4 x = part[i * kVectors];
+      float4 x = part[i * kVectors];
+      if (weight == 0.f) x = make_float4(0.f, 0.f, 0.f, 0.f);
       sum = make_float4(fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z),
                         fmaf(weight, x.w, sum.w));
     }
