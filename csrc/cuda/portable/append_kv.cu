@@ -133,8 +133,9 @@ __device__ void hidden_share(const TokenStream& stream, const Sequence& seq, int
 
 // Thread blocks (token of a block, K or V, share of the sequences).
 template <typename T>
-__global__ void __launch_bounds__(kThreads) append_hidden_portable(const __grid_constant__ AppendKvParams p,
-                                                                   const __grid_constant__ AppendPlan plan) {
+__global__ void __launch_bounds__(kThreads, 1)
+    append_hidden_portable(const __grid_constant__ AppendKvParams p,
+                           const __grid_constant__ AppendPlan plan) {
   __shared__ HiddenShared shared;
   const TokenStream& stream = stream_of(p, blockIdx.y);
   const CompressFwdParams& phi = stream.phi;
