@@ -50,8 +50,12 @@ class Layer:
 
 
 def assert_unchanged(o: torch.Tensor, other: torch.Tensor) -> None:
-    """The same bits on the CPU. Hopper kernels work on neighbouring tokens together and choose by what these do
-    whether to rescale a sum or which product to use: there a later token may change the last bit of an earlier one."""
+    """The same bits on the CPU.
+
+    Hopper kernels work on neighbouring tokens together: whether to rescale a sum, or which product to use,
+    depends on all of them. So a later token may change the rounding of an earlier one, as the length does in
+    the test of a prefix.
+    """
     if o.is_cuda:
         torch.testing.assert_close(o, other, rtol=2**-6, atol=2**-6)
     else:
