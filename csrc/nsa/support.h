@@ -61,6 +61,7 @@ constexpr SupportRow kSupport[] = {
     {"compressed_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"block_scores", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"select_blocks", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
+    {"selected_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"sliding_window_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
 };
 

@@ -25,6 +25,13 @@ __device__ __forceinline__ void barrier_arrive_if(uint32_t barrier, bool arrives
       : "memory");
 }
 
+// The same for several arrivals.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+               "r"(count)
+               : "memory");
+}
+
 // PTX: cp.async.mbarrier.arrive.noinc: arrives when this thread's asynchronous copies so far have landed.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");

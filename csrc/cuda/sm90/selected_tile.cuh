@@ -43,7 +43,7 @@ struct ChosenTile {
   int query_row;  // of the first token
   int position;   // of the first token
   int key_row;    // of the sequence's first key
-  int num_keys;   // of the sequence
+  int num_keys;   // of the sequence, as far as the bitmap of blocks reaches
 
   // Keys of a part from here on are seen by no token, or do not exist.
   __device__ __forceinline__ int end(uint32_t tokens) const {
@@ -52,45 +52,48 @@ struct ChosenTile {
 };
 constexpr int kNoMoreTiles = -1;
 
+// What unions are built by: as kernel arguments these cost the warp that builds them no registers.
+struct UnionPlan {
+  int slot_bits;    // the chosen blocks of a token, rounded up to 1 << slot_bits
+  int block_shift;  // keys of a block, as a shift
+  int part_shift;   // parts of a block
+  int words;        // of the bitmap of blocks
+  int max_keys;     // that it covers
+};
+
 // Memory of the warp that builds unions.
 struct UnionScratch {
   uint32_t* bitmap;  // [words]: the blocks that somebody chose
   int* rank;         // [words]: blocks in front of this word
-  int words;
 };
 
 // Calls visit(token, block) for every legal choice of the tile's tokens; numbers outside 0 .. own are
 // ignored.
 template <typename Visit>
 __device__ __forceinline__ void for_each_choice(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
-                                                int block_shift, int max_blocks, int lane,
-                                                const Visit& visit) {
+                                                const UnionPlan& plan, int lane, const Visit& visit) {
   const int n = p.num_selected_blocks, heads = p.shape.num_heads_kv;
-  const int slot_bits = n > 1 ? 32 - __clz(n - 1) : 0;
   const int32_t* indices = p.block_indices + (static_cast<int64_t>(tile.query_row) * heads + tile.head) * n;
 #pragma unroll 1
-  for (int i = lane; i < tile.num_tokens << slot_bits; i += 32) {
-    const int token = i >> slot_bits, slot = i & ((1 << slot_bits) - 1);
+  for (int i = lane; i < tile.num_tokens << plan.slot_bits; i += 32) {
+    const int token = i >> plan.slot_bits, slot = i & ((1 << plan.slot_bits) - 1);
     if (slot >= n) continue;
     const int block = __ldg(indices + token * heads * n + slot);
-    const int position = tile.position + token;
-    if (block >= 0 && block < max_blocks && position >= 0 && block <= position >> block_shift)
-      visit(token, block);
+    const int position = min(tile.position + token, tile.num_keys - 1);
+    if (block >= 0 && block <= position >> plan.block_shift) visit(token, block);
   }
 }
 
 // By one warp: the sorted union of the blocks that the tile's tokens chose, and an empty part behind it.
 // Returns the number of its parts, 1 << part_shift to a block. A bitmap makes every row a set.
 __device__ inline int build_union(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
-                                  const RowPlan& plan, int num_warps, int part_shift,
+                                  const UnionPlan& plan, const RowPlan& rows, int num_warps,
                                   const UnionScratch& scratch, ChosenPart* parts, int lane) {
-  const int block_shift = 31 - __clz(static_cast<int>(p.block_size));
-  const int max_blocks = min((tile.num_keys + (1 << block_shift) - 1) >> block_shift, 32 * scratch.words);
-  const int words = (max_blocks + 31) / 32;
+  const int words = (((tile.num_keys - 1) >> plan.block_shift) + 32) >> 5;
 #pragma unroll 1
   for (int i = lane; i < words; i += 32) scratch.bitmap[i] = 0;
   __syncwarp();
-  for_each_choice(p, tile, block_shift, max_blocks, lane,
+  for_each_choice(p, tile, plan, lane,
                   [&](int, int block) { atomicOr(&scratch.bitmap[block >> 5], 1u << (block & 31)); });
   __syncwarp();
   int count = 0;
@@ -106,17 +109,17 @@ __device__ inline int build_union(const SelectedAttentionFwdParams& p, const Cho
     if (begin + lane < words) scratch.rank[begin + lane] = count + sum - own;
     count += __shfl_sync(~0u, sum, 31);
   }
-  count <<= part_shift;
+  count <<= plan.part_shift;
 #pragma unroll 1
   for (int i = lane; i < count; i += 32) parts[i].tokens = 0;
   if (lane == 0) parts[count] = {0, 0};
   __syncwarp();
-  for_each_choice(p, tile, block_shift, max_blocks, lane, [&](int token, int block) {
+  for_each_choice(p, tile, plan, lane, [&](int token, int block) {
     const int at = scratch.rank[block >> 5] + __popc(scratch.bitmap[block >> 5] & ((1u << (block & 31)) - 1));
 #pragma unroll 1
-    for (int part = 0; part < 1 << part_shift; ++part) {
-      parts[(at << part_shift) + part].part_and_warps = (block << part_shift) + part;
-      atomicOr(&parts[(at << part_shift) + part].tokens, 1u << token);
+    for (int part = 0; part < 1 << plan.part_shift; ++part) {
+      parts[(at << plan.part_shift) + part].part_and_warps = (block << plan.part_shift) + part;
+      atomicOr(&parts[(at << plan.part_shift) + part].tokens, 1u << token);
     }
   });
   __syncwarp();
@@ -125,7 +128,7 @@ __device__ inline int build_union(const SelectedAttentionFwdParams& p, const Cho
     const uint32_t tokens = parts[i].tokens;
     uint32_t warps = 0;
 #pragma unroll 1
-    for (int w = 0; w < num_warps; ++w) warps |= (tokens & plan.tokens_of_warp(w)) != 0 ? 1u << w : 0;
+    for (int w = 0; w < num_warps; ++w) warps |= (tokens & rows.tokens_of_warp(w)) != 0 ? 1u << w : 0;
     parts[i].part_and_warps |= warps << ChosenPart::kPartBits;
   }
   __syncwarp();

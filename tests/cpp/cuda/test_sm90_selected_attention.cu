@@ -3,7 +3,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "attention_check.h"
 #include "catch2_bridge.h"
@@ -19,17 +18,14 @@ using nsa_test::Batch, nsa_test::BF16, nsa_test::DeviceArray, nsa_test::Heads;
 
 uint16_t to_bits(double x, DType dtype) {
   if (dtype == DType::kBF16) return nsa_test::from_double<BF16>(x).bits;
-  const __half half = __float2half(static_cast<float>(x));
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
+  return static_cast<__half_raw>(__float2half(static_cast<float>(x))).x;
 }
 
 double from_bits(uint16_t bits, DType dtype) {
   if (dtype == DType::kBF16) return nsa_test::to_double(BF16{bits});
-  __half half;
-  std::memcpy(&half, &bits, 2);
-  return __half2float(half);
+  __half_raw raw;
+  raw.x = bits;
+  return __half2float(raw);
 }
 
 // A copy on the device with gaps of NaN between heads and rows; strides suit TMA.
