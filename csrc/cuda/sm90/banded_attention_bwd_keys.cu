@@ -238,11 +238,10 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
                  v = base + Layout::kV + consumer * kWarpgroupRows * kPanelPitch;
 
   float dk[kDimQK / 2] = {}, dv[kDimV / 2] = {};
-  RingPosition<kStages> ring;
-  const auto run_step = [&]<bool kMasked>() {
-    const uint32_t q = base + Layout::kQ + ring.slot * swizzled_tile_bytes<kDimQK>(kRows),
-                   d_o = base + Layout::kO + ring.slot * swizzled_tile_bytes<kDimV>(kRows);
-    const StepGradients<T, kMasked, kRows> step{stats[ring.slot], visible, ends, scale, lane};
+  const auto run_step = [&]<bool kMasked>(int slot) {
+    const uint32_t q = base + Layout::kQ + slot * swizzled_tile_bytes<kDimQK>(kRows),
+                   d_o = base + Layout::kO + slot * swizzled_tile_bytes<kDimV>(kRows);
+    const StepGradients<T, kMasked, kRows> step{stats[slot], visible, ends, scale, lane};
     float s[kRows / 2], dp[kRows / 2];
     uint32_t prob[kRows / 16][4], ds[kRows / 16][4];
     ptx::wgmma_fence();
@@ -265,17 +264,16 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
 
   ptx::barrier_wait(base + Layout::kFullKeys, 0);
   const volatile Walk::Part& part = walk.part[consumer];
-  const int steps = walk.steps;
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    ptx::barrier_wait(base + Layout::kFull + 8 * ring.slot, ring.parity);
+  for (int i = 0; i < walk.steps; ++i) {
+    const int slot = i % kStages;  // a ring position would be two registers more, and spill
+    ptx::barrier_wait(base + Layout::kFull + 8 * slot, i / kStages & 1);
     if (i >= part.whole_from && i < part.whole_to) {
-      run_step.template operator()<false>();
+      run_step.template operator()<false>(slot);
     } else if (i >= part.seen_from && i < part.seen_to) {
-      run_step.template operator()<true>();
+      run_step.template operator()<true>(slot);
     }
-    ptx::barrier_arrive_if(base + Layout::kEmpty + 8 * ring.slot, lane == 0);
-    ring.advance();
+    ptx::barrier_arrive_if(base + Layout::kEmpty + 8 * (i % kStages), lane == 0);
   }
 
   const bool add = parts.splits == 1;
