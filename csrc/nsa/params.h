@@ -54,14 +54,6 @@ struct AttentionShape {
   NSA_HOST_DEVICE constexpr int group() const { return num_heads_q / num_heads_kv; }
 };
 
-// The gate of all three branches at the end of the last one's kernel, with its own output as it is stored.
-struct FusedGate {
-  const void* o_before[2];  // [T, Hq, Dv], contiguous: the first two branches
-  const void* gate_logits;  // [T, Hq, 3], contiguous
-  DType gate_dtype;         // of gate_logits: f32 or the dtype of q
-  void* o;                  // [T, Hq, Dv], contiguous; null: no gate
-};
-
 // Compressed attention and the sliding window are one family: key i is visible to the query at position t
 // iff t - window < keys end position <= t (window <= 0: no lower bound).
 struct BandedAttentionFwdParams {
@@ -71,12 +63,11 @@ struct BandedAttentionFwdParams {
   KeyBlocks keys;
   int64_t window;
   double softmax_scale;
-  RowsView q;      // [T, Hq, Dk]
-  RowsView k;      // [R, Hkv, Dk]
-  RowsView v;      // [R, Hkv, Dv]
-  void* o;         // [T, Hq, Dv], contiguous
-  void* lse;       // [T, Hq], acc, natural log
-  FusedGate gate;  // CUDA alone
+  RowsView q;  // [T, Hq, Dk]
+  RowsView k;  // [R, Hkv, Dk]
+  RowsView v;  // [R, Hkv, Dv]
+  void* o;     // [T, Hq, Dv], contiguous
+  void* lse;   // [T, Hq], acc, natural log
 };
 
 // What every attention backward needs beside its forward: dO may come unscaled, with the gate of the branch

@@ -72,14 +72,10 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
     banded_forward(call, in.k_cmp, in.v_cmp, config.compressed(), 0, cmp);
     select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(), block_indices);
     selected_forward(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
-    if (in.q.is_cuda()) {  // the last branch ends with the gate
-      const GatedOutput gated{{cmp.o, slc.o}, in.gate_logits, o};
-      banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa, &gated);
-    } else {
-      banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
-      combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o);
-      fill_padding(o, call.batch, 0);
-    }
+    banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
+    const int32_t* end_token = end_on_device(in.q, call.batch);
+    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o, end_token);
+    if (end_token == nullptr) fill_padding(o, call.batch, 0);
   }
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};
 }

@@ -25,9 +25,8 @@ at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, con
 }
 
 void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
-                    int64_t window, const BranchOutput& out, const GatedOutput* gated) {
+                    int64_t window, const BranchOutput& out) {
   fill_padding(out, call.batch);
-  if (gated != nullptr) fill_padding(gated->o, call.batch, 0);
   if (call.batch.empty()) return;
   const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v);
   auto params = call.params<BandedAttentionFwdParams>();
@@ -38,13 +37,6 @@ void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Te
   params.v = rows_view(v_rows);
   params.o = out.o.mutable_data_ptr();
   params.lse = out.lse.mutable_data_ptr();
-  const at::Tensor gates = gated != nullptr ? gated->gate_logits.contiguous() : at::Tensor();
-  if (gated != nullptr) {
-    params.gate = {{gated->o_before[0].const_data_ptr(), gated->o_before[1].const_data_ptr()},
-                   gates.const_data_ptr(),
-                   dtype_of(gates),
-                   gated->o.mutable_data_ptr()};
-  }
   launch(call.op, k.device(), params);
 }
 

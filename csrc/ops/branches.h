@@ -74,16 +74,9 @@ struct BranchGrads {
 // rowsum(dO * o), for a branch that is used alone.
 at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, const at::Tensor& o);
 
-// The gate at the end of the last branch, on CUDA.
-struct GatedOutput {
-  at::Tensor o_before[2];  // the first two branches
-  at::Tensor gate_logits;
-  at::Tensor o;
-};
-
 // Compressed attention (keys are blocks, window 0) and the sliding window (keys are tokens).
 void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
-                    int64_t window, const BranchOutput& out, const GatedOutput* gated = nullptr);
+                    int64_t window, const BranchOutput& out);
 void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
                      int64_t window, const BranchGrads& grads);
 

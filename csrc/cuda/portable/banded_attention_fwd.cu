@@ -6,7 +6,6 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
-#include "cuda/tile/gated_row.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
@@ -136,7 +135,8 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV>::kThreads)
       const int64_t out_row =
           (tile.seq.q_begin + tile.begin + token) * p.shape.num_heads_q + head * group + row - token * group;
       const bool valid = token < tile.count;
-      store_gated_row<T, 1>(p.o, p.gate, out_row, valid, out[s], h, sum == 0.f ? 0.f : 1.f / sum, lane);
+      store_row<T>(valid ? static_cast<T*>(p.o) + out_row * kDimV : nullptr, out[s], h,
+                   sum == 0.f ? 0.f : 1.f / sum, lane);
       if (valid && (lane & 3) == 0) {
         static_cast<float*>(p.lse)[out_row] =
             softmax[s].max[h] == kNegInf ? kNegInf : (softmax[s].max[h] * scale + log2f(sum)) * kLn2;

@@ -15,7 +15,6 @@
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/tile/gated_row.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
 #include "cuda/tile/warpgroup_softmax.cuh"
@@ -310,8 +309,9 @@ __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, in
     const bool valid = token < item.tokens;
     const float sum = quad_sum(rows.sum[h]);
     const int64_t row = (item.row + token) * p.shape.num_heads_q + item.head * group + member;
-    store_gated_row<T, kDimV / 32>(p.o, p.gate, row, valid, reinterpret_cast<const float(&)[kDimV / 8][4]>(o),
-                                   h, sum == 0.f ? 0.f : __fdividef(1.f, sum), lane);
+    store_row<T>(valid ? static_cast<T*>(p.o) + row * kDimV : nullptr,
+                 reinterpret_cast<const float(&)[kDimV / 8][4]>(o), h,
+                 sum == 0.f ? 0.f : __fdividef(1.f, sum), lane);
     if (valid && (lane & 3) == 0) {
       static_cast<float*>(p.lse)[row] = rows.max[h] == kNegInf ? kNegInf : (rows.max[h] + log2f(sum)) * kLn2;
     }

@@ -203,64 +203,6 @@ TEST_CASE("Hopper banded attention equals the portable kernel on many tiles", "[
   }
 }
 
-template <typename T, typename G>
-std::string check_gate(const Batch& batch, const Heads& heads, bool portable) {
-  const Problem<T> problem(batch, heads, window(100));
-  const size_t rows = static_cast<size_t>(batch.cu_q.back()) * heads.q, size = rows * heads.dim_v;
-  const auto values = [](size_t count, int step) {
-    std::vector<float> x(count);
-    for (size_t i = 0; i < count; ++i) x[i] = static_cast<float>(static_cast<int>(i * step % 61) - 30) / 8;
-    return x;
-  };
-  const auto as = [](auto like, const std::vector<float>& x) {
-    return std::vector<decltype(like)>(x.begin(), x.end());
-  };
-  const DeviceArray<T> cmp(as(T{}, values(size, 7))), slc(as(T{}, values(size, 11))), gated(size),
-      expected(size);
-  const DeviceArray<G> logits(as(G{}, values(rows * 3, 13)));
-  typename Problem<T>::Output out;
-  return problem.run(&out, [&](BandedAttentionFwdParams p) -> std::string {
-    p.gate = {
-        {cmp.data, slc.data}, logits.data, std::is_same_v<G, float> ? nsa::DType::kF32 : p.dtype, gated.data};
-    nsa::Status status;
-    if (portable) {
-      status = nsa::cuda::portable::banded_attention_forward(p, {});
-    } else if (!nsa::cuda::sm90::banded_attention_forward(p, {}, &status)) {
-      return "there is no kernel";
-    }
-    if (!status.ok()) return status.message;
-    nsa::GatedCombineFwdParams combine{};
-    combine.dtype = p.dtype;
-    combine.gate_dtype = p.gate.gate_dtype;
-    combine.num_rows = static_cast<int64_t>(rows);
-    combine.num_heads = heads.q;
-    combine.head_dim_v = heads.dim_v;
-    combine.o_branch[0] = cmp.data;
-    combine.o_branch[1] = slc.data;
-    combine.o_branch[2] = p.o;
-    combine.gate_logits = logits.data;
-    combine.o = expected.data;
-    status = nsa::cuda::portable::gated_combine_forward(combine, {});
-    if (!status.ok() || cudaDeviceSynchronize() != cudaSuccess) return "the gate kernel failed";
-    return to_doubles(gated.host()) == to_doubles(expected.host()) ? "" : "the gate differs";
-  });
-}
-
-TEST_CASE("the gate at the end of banded attention equals the gate kernel", "[sm90][banded]") {
-  if (!is_hopper()) return;
-  const Batch batch({33, 0, 5, 61}, {33, 0, 5, 161}, 7, 3);
-  for (const int dim : {64, 128}) {
-    for (const int group : {3, 16}) {
-      for (const bool portable : {false, true}) {
-        const Heads heads{2 * group, 2, dim, dim};
-        CAPTURE(dim, group, portable);
-        CHECK(check_gate<__nv_bfloat16, float>(batch, heads, portable) == "");
-        CHECK(check_gate<__half, __half>(batch, heads, portable) == "");
-      }
-    }
-  }
-}
-
 TEST_CASE("what does not suit TMA is left to the portable kernel", "[sm90][banded]") {
   if (!is_hopper()) return;
   const Batch batch({40});
