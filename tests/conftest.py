@@ -6,8 +6,6 @@ import os
 # as soon as the machine does anything else. Read when torch is loaded, so this comes first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Generator
-
 import pytest
 import torch
 from cases import CUDA_PATHS, Case
@@ -34,17 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if isinstance(parameters.get("case"), Case):
             parameters["case"] = parameters["case"].on_cuda()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """An operator that only the CPU has so far says so: its tests on a GPU are skipped."""
-    try:
-        return (yield)
-    except ValueError as error:
-        if "gpu" in item.keywords and "has no CUDA kernel yet" in str(error):
-            pytest.skip(str(error).splitlines()[0])
-        raise
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,6 @@ constexpr SupportRow kSupport[] = {
     {"attention", Path::kCpu, kCpuDTypes, {}},
     {"append_kv", Path::kCpu, kCpuDTypes, {}},
     {"decode_attention", Path::kCpu, kCpuDTypes, {}},
-    // The forward. The backward of these is on the CPU alone.
     {"compress", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"compressed_attention", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
     {"block_scores", Path::kCudaPortable, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},

@@ -58,7 +58,8 @@ TEST_CASE("the support table has one CPU row per operator, for any head dim", "[
   }
   const std::multiset<std::string> expected = {
       "compress",           "compressed_attention",     "block_scores",  "select_blocks",
-      "selected_attention", "sliding_window_attention", "gated_combine", "attention"};
+      "selected_attention", "sliding_window_attention", "gated_combine", "attention",
+      "append_kv",          "decode_attention"};
   CHECK(on_cpu == expected);
 }
 
