@@ -1,6 +1,7 @@
 // The two kernels of the banded backward on Hopper, and what they share.
 #pragma once
 
+#include "cuda/common/key_parts.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -9,7 +10,6 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/tensor_map.h"
-#include "cuda/common/key_parts.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
