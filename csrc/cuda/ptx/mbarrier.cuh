@@ -69,16 +69,6 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
-// PTX: mbarrier.arrive on a barrier of any block of the cluster (an address of cluster_address), under a
-// predicate.
-__device__ __forceinline__ void barrier_arrive_cluster_if(uint32_t barrier, bool arrives) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(
-          barrier),
-      "r"(static_cast<int>(arrives))
-      : "memory");
-}
-
 // PTX: fence.mbarrier_init (sm_90): fresh barriers become visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

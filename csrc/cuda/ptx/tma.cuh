@@ -24,18 +24,6 @@ __device__ __forceinline__ void bulk_load_3d(uint32_t shared, const CUtensorMap*
       : "memory");
 }
 
-// PTX: cp.async.bulk.tensor.3d with .multicast::cluster: the box arrives at the same offset in the shared
-// memory of every block of the cluster whose bit of `blocks` is set, and counts on the barrier there.
-__device__ __forceinline__ void bulk_load_3d_multicast(uint32_t shared, const CUtensorMap* map,
-                                                       uint32_t barrier, int x, int y, int z,
-                                                       uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
-      : "memory");
-}
-
 // PTX: cp.async.bulk.tensor.4d, tile mode.
 __device__ __forceinline__ void bulk_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
                                              int y, int z, int w) {

@@ -1,13 +1,12 @@
 // Compressed attention and the sliding window, forward, by TMA and wgmma. docs/kernels/banded_attention.md
 // tells the dataflow.
 //
-// Persistent blocks of three warpgroups, alone or in clusters of two that share the key tiles. The producer
+// Persistent blocks of three warpgroups. The producer
 // (one thread of a warpgroup) walks the work items, a tile of adjacent tokens of one KV head each, longest
 // first, and brings Q, K and V. Two consumer warpgroups own 64 rows each, the heads of the group packed as
 // rows: row r is token r / G, head r % G. Key tiles go from the newest to the oldest. While the tensor cores
 // multiply P V of one tile, the next tile's scores go through the softmax; over the end of an item, the first
 // scores of the next item are multiplied together with the last P V.
-#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -39,10 +38,10 @@ struct Item {
   bool stop;              // there is no further item, nor this one
 };
 
-template <int kDimQK, int kDimV, int kTileKeys, int kClusterBlocks>
+template <int kDimQK, int kDimV, int kTileKeys>
 struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   using Config = BandedConfig<kDimQK, kDimV, kTileKeys>;
-  static constexpr int kKeys = kTileKeys, kCluster = kClusterBlocks;
+  static constexpr int kKeys = kTileKeys;
   static constexpr int kThreads = (Config::kConsumers + 1) * 128;
   static constexpr int kItemSlots = 8;
   // The Q of an item is loaded when the item kStagesQ before it is past its last scores, so that the one
@@ -65,7 +64,7 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   static constexpr int kV = kK + Config::kStages * kBytesK;
   static constexpr int kBytes = kV + Config::kStages * kBytesV;
   static_assert(kItems + kItemSlots * Config::kConsumers * sizeof(Item) <= kQ);
-  static_assert(kKeys / kCluster % 8 == 0 && kBytes <= 232448);
+  static_assert(kKeys % 8 == 0 && kBytes <= 232448);
 };
 
 // The tokens of a thread's two rows, counted from the first of the warpgroup.
@@ -88,7 +87,7 @@ struct Visibility {
 struct BandedPlan {
   CUtensorMap q, k, v;
   Visibility visible;
-  int num_tiles;  // of tokens, for a cluster each
+  int num_tiles;  // of tokens
   int group;      // G
   int part;       // tokens of a warpgroup: 64 / G
   float scale;    // with log2(e) in it
@@ -102,10 +101,10 @@ struct RingPosition {
       : slot(tile % kStages), parity(tile / kStages % 2) {}
 };
 
-// The parts of all consumers of this block; `tile` is of the whole cluster.
+// The parts of all consumers of a tile.
 template <typename Layout>
 __device__ __forceinline__ void describe_items(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                               const SequenceTile& tile, int head, int rank, Item* item) {
+                                               const SequenceTile& tile, int head, Item* item) {
   constexpr int kKeys = Layout::kKeys;
   const Visibility& visible = plan.visible;
   const int first_row = static_cast<int>(tile.seq.k_begin) / visible.stride;
@@ -122,7 +121,7 @@ __device__ __forceinline__ void describe_items(const BandedAttentionFwdParams& p
   const int seen_hi = min(visible.end(static_cast<int>(tile.seq.position(tile.seq.q_len - 1))), num_keys);
 #pragma unroll 1
   for (int w = 0; w < Layout::kConsumers; ++w) {
-    const int skipped = (rank * Layout::kConsumers + w) * plan.part;
+    const int skipped = w * plan.part;
     const int tokens = min(plan.part, tile.count - skipped), first = position + skipped;
     item[w] = {tile.seq.q_begin + tile.begin + skipped,
                tokens,
@@ -149,9 +148,7 @@ __device__ __forceinline__ Item* item_slot(unsigned char* shared, uint32_t slot)
 template <typename Layout>
 __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, const BandedPlan& plan,
                                          const uint32_t base, unsigned char* shared) {
-  constexpr int kCluster = Layout::kCluster;
-  const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
-  const int team = blockIdx.x / kCluster, teams = gridDim.x / kCluster;
+  const int block = blockIdx.x, blocks = gridDim.x;
   const int heads = p.shape.num_heads_kv, num_items = plan.num_tiles * heads;
   uint32_t count = 0;
   const auto publish = [&](auto describe) {
@@ -161,15 +158,15 @@ __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, cons
     ptx::barrier_arrive(base + Layout::kFullItem + 8 * ring.slot);
   };
 #pragma unroll 1
-  for (int round = 0; round * teams < num_items; ++round) {
+  for (int round = 0; round * blocks < num_items; ++round) {
     // Back and forth over the blocks, so that none gets the longest of every round.
-    const int k = round * teams + (round & 1 ? teams - 1 - team : team);
+    const int k = round * blocks + (round & 1 ? blocks - 1 - block : block);
     if (k >= num_items) continue;
     const int number = k / heads;
     const SequenceTile tile =
-        find_sequence_tile(p.seqs, plan.num_tiles - 1 - number, plan.part * Layout::kConsumers * kCluster);
+        find_sequence_tile(p.seqs, plan.num_tiles - 1 - number, plan.part * Layout::kConsumers);
     if (tile.count == 0) continue;
-    publish([&](Item* item) { describe_items<Layout>(p, plan, tile, k - number * heads, rank, item); });
+    publish([&](Item* item) { describe_items<Layout>(p, plan, tile, k - number * heads, item); });
   }
   publish([](Item* item) {
 #pragma unroll 1
@@ -181,21 +178,11 @@ __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, cons
 template <int kDimQK, int kDimV, typename Layout>
 __device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base, unsigned char* shared) {
   constexpr int kKeys = Layout::kKeys, kStages = Layout::kStages, kConsumers = Layout::kConsumers;
-  constexpr int kCluster = Layout::kCluster, kShare = kKeys / kCluster;
-  const int rank = kCluster > 1 ? ptx::cluster_rank() : 0;
-
-  // This block's share of a tile of keys or values, for all blocks of the cluster.
   const auto load_keys = [&](uint32_t target, const CUtensorMap& map, uint32_t barrier, int dim, int head,
                              int row) {
 #pragma unroll 1
     for (int panel = 0; panel < dim / kPanel; ++panel) {
-      const uint32_t to = target + (panel * kKeys + rank * kShare) * kPanelPitch;
-      if constexpr (kCluster > 1) {
-        ptx::bulk_load_3d_multicast(to, &map, barrier, panel * kPanel, head, row + rank * kShare,
-                                    (1 << kCluster) - 1);
-      } else {
-        ptx::bulk_load_3d(to, &map, barrier, panel * kPanel, head, row);
-      }
+      ptx::bulk_load_3d(target + panel * kKeys * kPanelPitch, &map, barrier, panel * kPanel, head, row);
     }
   };
   // Behind the last item there is nothing to load: the consumers are woken.
@@ -321,20 +308,13 @@ __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, in
 template <typename T, int kDimQK, int kDimV, typename Layout>
 __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const BandedPlan& plan,
                                         const uint32_t base, unsigned char* shared, const int consumer) {
-  constexpr int kKeys = Layout::kKeys, kCluster = Layout::kCluster;
+  constexpr int kKeys = Layout::kKeys;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int row0 = thread / 32 * 16 + lane / 4;
   const TokenPair tokens{static_cast<short>(row0 / plan.group), static_cast<short>((row0 + 8) / plan.group)};
-  // Lane i of every warp tells block i of the cluster that a slot is free.
-  const uint32_t told = kCluster > 1 ? ptx::cluster_address(base, lane % kCluster) : base;
   using Ring = RingPosition<Layout::kStages>;
   const auto release = [&](int barriers, Ring ring) {
-    const uint32_t barrier = told + barriers + 8 * ring.slot;
-    if constexpr (kCluster > 1) {
-      ptx::barrier_arrive_cluster_if(barrier, lane < kCluster);
-    } else {
-      ptx::barrier_arrive_if(barrier, lane == 0);
-    }
+    ptx::barrier_arrive_if(base + barriers + 8 * ring.slot, lane == 0);
   };
   // The same in all lanes, and known to be: descriptors are then made in uniform registers.
   const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
@@ -462,12 +442,11 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   }
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys, int kCluster>
-__global__ void __cluster_dims__(kCluster)
-    __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kCluster>::kThreads, 1)
-        banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
-                                  const __grid_constant__ BandedPlan plan) {
-  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kCluster>;
+template <typename T, int kDimQK, int kDimV, int kKeys>
+__global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 1)
+    banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
+                              const __grid_constant__ BandedPlan plan) {
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
@@ -475,8 +454,8 @@ __global__ void __cluster_dims__(kCluster)
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::barrier_init(base + Layout::kFullK + 8 * i, 1);
       ptx::barrier_init(base + Layout::kFullV + 8 * i, 1);
-      ptx::barrier_init(base + Layout::kEmptyK + 8 * i, kWarps * kCluster);
-      ptx::barrier_init(base + Layout::kEmptyV + 8 * i, kWarps * kCluster);
+      ptx::barrier_init(base + Layout::kEmptyK + 8 * i, kWarps);
+      ptx::barrier_init(base + Layout::kEmptyV + 8 * i, kWarps);
     }
     for (int i = 0; i < Layout::kStagesQ * Layout::kConsumers; ++i) {
       ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
@@ -489,7 +468,6 @@ __global__ void __cluster_dims__(kCluster)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kCluster > 1) ptx::cluster_sync();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == Layout::kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
@@ -499,38 +477,35 @@ __global__ void __cluster_dims__(kCluster)
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV, Layout>(p, plan, base, shared, warpgroup);
   }
-  // The other block may still write into this one's shared memory, and count on its barriers.
-  if constexpr (kCluster > 1) ptx::cluster_sync();
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys, int kCluster>
+template <typename T, int kDimQK, int kDimV, int kKeys>
 bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
-  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kCluster>;
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
   const int heads = p.shape.num_heads_kv;
   BandedPlan plan;
   plan.group = p.shape.group();
   if (plan.group > kWarpgroupRows) return false;
   plan.part = kWarpgroupRows / plan.group;
   constexpr int64_t kMax = 0x3fffffff;  // 32-bit coordinates and positions, with room for tiles at the ends
-  const int64_t num_tiles = num_sequence_tiles(p.seqs, plan.part * Layout::kConsumers * kCluster);
+  const int64_t num_tiles = num_sequence_tiles(p.seqs, plan.part * Layout::kConsumers);
   if (num_tiles * heads > kMax || p.seqs.total_q > kMax || p.seqs.key_rows > kMax ||
       p.seqs.max_seqlen_k > kMax) {
     return false;
   }
   if (!make_tensor_map(&plan.q, p.dtype, p.q, p.seqs.total_q, p.shape.num_heads_q, kDimQK, plan.part,
                        plan.group) ||
-      !make_tensor_map(&plan.k, p.dtype, p.k, p.seqs.key_rows, heads, kDimQK, kKeys / kCluster, 1) ||
-      !make_tensor_map(&plan.v, p.dtype, p.v, p.seqs.key_rows, heads, kDimV, kKeys / kCluster, 1)) {
+      !make_tensor_map(&plan.k, p.dtype, p.k, p.seqs.key_rows, heads, kDimQK, kKeys, 1) ||
+      !make_tensor_map(&plan.v, p.dtype, p.v, p.seqs.key_rows, heads, kDimV, kKeys, 1)) {
     return false;
   }
   plan.num_tiles = static_cast<int>(num_tiles);
   plan.visible = {static_cast<int>(p.keys.block), static_cast<int>(p.keys.stride),
                   static_cast<int>(min64(p.window, kMax))};
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
-  const int64_t teams = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount) / kCluster);
-  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kCluster>,
-                   dim3(static_cast<unsigned>(teams * kCluster)), Layout::kThreads, Layout::kBytes, stream, p,
-                   plan);
+  const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
+  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys>,
+                   dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
   return true;
 }
 
@@ -540,11 +515,11 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
   return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v,
                           [&]<typename T, int kDimQK, int kDimV>() {
                             if constexpr (kDimQK > 128) {
-                              return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
+                              return launch_banded<T, kDimQK, kDimV, 128>(p, stream, status);
                             } else {
                               if (p.window > 0)
-                                return launch_banded<T, kDimQK, kDimV, 176, 1>(p, stream, status);
-                              return launch_banded<T, kDimQK, kDimV, 128, 1>(p, stream, status);
+                                return launch_banded<T, kDimQK, kDimV, 176>(p, stream, status);
+                              return launch_banded<T, kDimQK, kDimV, 128>(p, stream, status);
                             }
                           });
 }
