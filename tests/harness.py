@@ -164,3 +164,9 @@ def branch_check(
     unused = rows_of_no_query(x.case)
     assert not outputs[0][unused].any() and torch.isneginf(outputs[1][unused]).all()
     return outputs
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """A contiguous copy that begins one element behind what memory is aligned to."""
+    copy = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x)
+    return copy.copy_(x.detach())

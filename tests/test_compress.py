@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import Case, Inputs, by_case, by_target
-from harness import check
+from harness import check, misaligned
 from torch import Tensor
 
 PARAMETERS = ("pe", "w1", "b1", "w2", "b2")
@@ -74,6 +74,14 @@ def test_parameters_per_head(case: Case, kind: str, device: str, dtype: torch.dt
 def test_optional_parameters(case: Case, without: tuple[str, ...], device: str, dtype: torch.dtype) -> None:
     x = Inputs(case, dtype, device)
     check_compress(x, "mlp", phi(x, "mlp", per_head=False, hidden=40, without=without))
+
+
+@by_target
+@by_case("ragged_with_empty")
+def test_parameters_may_begin_anywhere(case: Case, device: str, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, device)
+    tensors = {name: misaligned(t) for name, t in phi(x, "mlp", per_head=False, hidden=40).items()}
+    check_compress(x, "mlp", tensors)
 
 
 @by_target

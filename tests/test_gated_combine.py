@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import Case, Inputs, by_case, by_target, case
-from harness import check, op
+from harness import check, misaligned, op
 
 BRANCHES = ("o_cmp", "o_slc", "o_swa")
 
@@ -18,6 +18,15 @@ def test_equals_reference(case: Case, gate_dtype: str, device: str, dtype: torch
     gates = 3 * x.gate_logits()
     tensors = {name: x.output_like(20 + i) for i, name in enumerate(BRANCHES)}
     tensors["gate_logits"] = gates.float() if gate_dtype == "fp32" else gates
+    check("gated_combine", tensors, (), tuple(tensors), x.output_like())
+
+
+@by_target
+def test_branches_may_begin_anywhere(device: str, dtype: torch.dtype) -> None:
+    shape = case("gqa_g5")
+    x = Inputs(shape if device == "cpu" else shape.on_cuda(), dtype, device)
+    tensors = {name: misaligned(x.output_like(20 + i)) for i, name in enumerate(BRANCHES)}
+    tensors["gate_logits"] = misaligned(x.gate_logits())
     check("gated_combine", tensors, (), tuple(tensors), x.output_like())
 
 

@@ -141,8 +141,7 @@ void append_kv(const Tensor& k_cmp_cache, const Tensor& v_cmp_cache, const Tenso
   params.seqs = step.seqs;
   params.k = k.stream;
   params.v = v.stream;
-  const Tensor cos_rows = cos.defined() ? cos.contiguous() : cos,
-               sin_rows = sin.defined() ? sin.contiguous() : sin;
+  const Tensor cos_rows = cos.defined() ? as_block(cos) : cos, sin_rows = sin.defined() ? as_block(sin) : sin;
   params.rotary_cos = const_pointer(cos_rows);
   params.rotary_sin = const_pointer(sin_rows);
   params.rotary_rows = cos.defined() ? cos.size(0) : 0;

@@ -11,7 +11,7 @@ namespace nsa::ops {
 at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, const at::Tensor& o) {
   const at::Tensor delta = at::empty({o.size(0), o.size(1)}, o.options().dtype(acc_dtype(o.scalar_type())));
   if (call.batch.empty()) return delta;
-  const at::Tensor o_contiguous = o.contiguous();
+  const at::Tensor o_contiguous = as_block(o);
   DeltaParams params{};
   params.dtype = dtype_of(o);
   params.num_tokens = call.batch.rows_q;

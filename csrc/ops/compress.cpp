@@ -89,7 +89,7 @@ Phi check_phi(const Checks& checks, const Tensor& x, const PhiParameters& parame
 PhiParameters set_phi(const Phi& phi, const PhiParameters& given, DType dtype, CompressFwdParams* params) {
   PhiParameters parameters;
   for (size_t i = 0; i < kNumPhiParameters; ++i) {
-    if (given[i].defined()) parameters[i] = given[i].contiguous();
+    if (given[i].defined()) parameters[i] = as_block(given[i]);
   }
   params->dtype = dtype;
   params->kind = phi.kind;

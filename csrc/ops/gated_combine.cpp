@@ -12,7 +12,7 @@ void combine_forward(const char* op, const BranchTensors& o_branch, const at::Te
                      int64_t num_rows, const at::Tensor& o, const int32_t* end_token) {
   if (num_rows == 0) return;
   const at::Tensor gates = gate_logits.contiguous();
-  const BranchTensors branches{o_branch[0].contiguous(), o_branch[1].contiguous(), o_branch[2].contiguous()};
+  const BranchTensors branches{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])};
   GatedCombineFwdParams params{};
   params.dtype = dtype_of(o);
   params.gate_dtype = dtype_of(gates);
@@ -31,7 +31,7 @@ void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors
                       const int32_t* end_token) {
   if (num_rows == 0) return;
   const at::Tensor gates = gate_logits.contiguous(), d_o_rows = as_rows(d_o);
-  const BranchTensors branches{o_branch[0].contiguous(), o_branch[1].contiguous(), o_branch[2].contiguous()};
+  const BranchTensors branches{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])};
   GatedCombineBwdParams params{};
   params.dtype = dtype_of(d_o);
   params.gate_dtype = dtype_of(gates);

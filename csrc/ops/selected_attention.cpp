@@ -16,10 +16,7 @@ struct SelectedLaunch {
 
   SelectedLaunch(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                  const at::Tensor& block_indices, int64_t block_size)
-      : k(as_rows(k)),
-        v(as_rows(v)),
-        block_indices(block_indices.contiguous()),
-        params(call.params<Params>()) {
+      : k(as_rows(k)), v(as_rows(v)), block_indices(as_block(block_indices)), params(call.params<Params>()) {
     params.seqs.key_rows = k.size(0);
     params.block_size = block_size;
     params.num_selected_blocks = static_cast<int>(block_indices.size(2));

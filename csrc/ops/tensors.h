@@ -40,6 +40,13 @@ inline at::Tensor as_rows(const at::Tensor& t) {
   return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
+// The tensor itself if it is contiguous and, on CUDA, begins on a multiple of 16 bytes; else a copy.
+inline at::Tensor as_block(const at::Tensor& t) {
+  const at::Tensor block = t.contiguous();
+  const bool aligned = !block.is_cuda() || reinterpret_cast<uintptr_t>(block.const_data_ptr()) % 16 == 0;
+  return aligned ? block : block.clone();
+}
+
 // A view of what as_rows returned, which must outlive it.
 inline RowsView rows_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
