@@ -74,7 +74,7 @@ struct BandedAttentionFwdParams {
 // beside it.
 struct AttentionGrads {
   RowsView d_o;           // [T, Hq, Dv], the dtype of q
-  const void* d_o_scale;  // [T, Hq], acc, or null (1): dO of the branch is d_o_scale * d_o
+  const void* d_o_scale;  // [T, Hq], acc, >= 0, or null (1): dO of the branch is d_o_scale * d_o
   const void* delta;      // [T, Hq], acc: rowsum of the branch's dO * o
   const void* lse;        // [T, Hq], acc, natural log
   void* dq;               // [T, Hq, Dk], acc, contiguous, added to
