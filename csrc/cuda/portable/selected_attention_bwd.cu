@@ -262,25 +262,8 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV, kKeys>::kThreads)
   const int num_tiles = *chosen.count * parts;
 
   if (warp >= kConsumers) {
-    const int thread = threadIdx.x - kConsumers * 32;
-    for (int index = 0; index < num_tiles; ++index) {
-      const int stage = index % stages, entry = index / parts;
-      if (index >= stages) ptx::barrier_wait(empty(stage), (index / stages - 1) & 1);
-      const int begin = static_cast<int>(chosen.block[entry] * p.block_size) + index % parts * kKeys;
-      // The last token that chose the block sees the most of it; what nobody sees is not read.
-      const int64_t last = tile.seq.position(tile.begin + 31 - __clz(chosen.mask[entry]));
-      const int end = static_cast<int>(min64(last + 1, num_keys));
-      const uint32_t k = base + Layout::kRing + stage * Layout::kStageBytes,
-                     v = k + tile_bytes<kDimQK>(kKeys);
-      const auto load = [&]<int kDim>(uint32_t target, const RowsView& view) {
-        const int64_t offset = (tile.seq.k_begin + begin) * view.stride_row + head * view.stride_head;
-        load_strided_tile<kDim, kKeys, Layout::kProducers * 32>(
-            target, static_cast<const T*>(view.data) + offset, view.stride_row, end - begin, thread);
-      };
-      load.template operator()<kDimQK>(k, p.k);
-      load.template operator()<kDimV>(v, p.v);
-      ptx::barrier_arrive_after_copies(full(stage));
-    }
+    bring_keys<T, kDimQK, kDimV, kKeys, Layout>(p, tile, chosen, head, num_keys, num_tiles, parts, stages,
+                                                base, full, empty, threadIdx.x - kConsumers * 32);
     return;
   }
 

@@ -2,7 +2,9 @@
 // of selected attention share where they go query by query.
 #pragma once
 
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/tile/sequence_tile.cuh"
+#include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
 
@@ -91,6 +93,31 @@ __device__ void build_union(const Params& p, const SequenceTile& tile, int head,
     atomicOr(&u.mask[at], 1u << token);
   });
   __syncthreads();
+}
+
+// Producer warps: K and V of the chosen blocks through a ring of stages, in the order of the union.
+template <typename T, int kDimQK, int kDimV, int kKeys, typename Layout, typename Params, typename Full,
+          typename Empty>
+__device__ __forceinline__ void bring_keys(const Params& p, const SequenceTile& tile, const Union& chosen,
+                                           int head, int64_t num_keys, int num_tiles, int parts, int stages,
+                                           uint32_t base, const Full& full, const Empty& empty, int thread) {
+  for (int index = 0; index < num_tiles; ++index) {
+    const int stage = index % stages, entry = index / parts;
+    if (index >= stages) ptx::barrier_wait(empty(stage), (index / stages - 1) & 1);
+    const int begin = static_cast<int>(chosen.block[entry] * p.block_size) + index % parts * kKeys;
+    // The last token that chose the block sees the most of it; what nobody sees is not read.
+    const int64_t last = tile.seq.position(tile.begin + 31 - __clz(chosen.mask[entry]));
+    const int end = static_cast<int>(min64(last + 1, num_keys));
+    const uint32_t k = base + Layout::kRing + stage * Layout::kStageBytes, v = k + tile_bytes<kDimQK>(kKeys);
+    const auto load = [&]<int kDim>(uint32_t target, const RowsView& view) {
+      const int64_t offset = (tile.seq.k_begin + begin) * view.stride_row + head * view.stride_head;
+      load_strided_tile<kDim, kKeys, Layout::kProducers * 32>(
+          target, static_cast<const T*>(view.data) + offset, view.stride_row, end - begin, thread);
+    };
+    load.template operator()<kDimQK>(k, p.k);
+    load.template operator()<kDimV>(v, p.v);
+    ptx::barrier_arrive_after_copies(full(stage));
+  }
 }
 
 }  // namespace nsa::cuda::portable

@@ -5,13 +5,6 @@
 
 namespace nsa::cuda::ptx {
 
-// PTX: %cluster_ctarank.
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
 // PTX: mapa: the address, valid in the whole cluster, of what lies at `shared` in the block of this rank.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, int rank) {
   uint32_t address;

@@ -7,11 +7,6 @@
 
 namespace nsa::cuda::ptx {
 
-// PTX: prefetch.tensormap.
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // PTX: cp.async.bulk.tensor.3d, tile mode. Coordinates in elements, innermost dimension first; they may lie
 // outside the tensor, and what does is filled with zeros (and counted like what does not). The barrier gets
 // the bytes of the whole box.

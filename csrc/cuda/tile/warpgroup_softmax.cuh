@@ -59,12 +59,6 @@ __device__ __forceinline__ bool softmax_update(float (&s)[kCount], RowPair& rows
   return rescale;
 }
 
-// The softmax is finished before what follows, which the compiler, seeing no dependence, moves up otherwise:
-// a wait for products that are to run beside it. Sums are never negative.
-__device__ __forceinline__ void keep_before(const RowPair& rows) {
-  if (rows.sum[0] + rows.sum[1] < 0.f) asm volatile("trap;");
-}
-
 // Accumulators rounded to T, as the A fragments of the next product.
 template <typename T, int kCount>
 __device__ __forceinline__ void pack_fragments(uint32_t (&a)[kCount / 8][4], const float (&s)[kCount]) {
