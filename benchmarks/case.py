@@ -38,8 +38,9 @@ class Shape:
 class Case:
     """One point of a benchmark: what every implementation of an op is given."""
 
-    length: int
+    length: int  # tokens; in the cache of every sequence where there is one
     shape: Shape = Shape()
+    batch: int = 1  # sequences
     data: str = "random"
     dtype: str = "float32"
     device: str = "cpu"
@@ -87,6 +88,8 @@ class Workload:
     flops: dict[str, float] = field(default_factory=dict)  # direction -> matrix-product FLOPs
     variant: str = ""
     gathered_bytes: int = 0  # what the selected branch must fetch, from L2 at best
+    bytes: dict[str, int] | None = None  # direction -> least traffic; None: inputs and outputs
+    units: dict[str, int] = field(default_factory=dict)  # direction -> repetitions within a call; default: 1
     context: Callable[[], AbstractContextManager] = nullcontext  # around every call
 
     def __post_init__(self) -> None:
@@ -122,9 +125,10 @@ class Workload:
             return functools.partial(self.backward, outputs, retain_graph=True)
         return self.step if direction == "step" else self.forward
 
-    def compulsory_bytes(self) -> dict[str, int]:
-        """Inputs read once and outputs written once: the least traffic of each direction."""
-        outputs = self.forward()
+    def least_bytes(self, outputs: tuple[Tensor, ...]) -> dict[str, int]:
+        """The least traffic of each direction: inputs read once and outputs written once."""
+        if self.bytes is not None:
+            return self.bytes
         sizes = [sum(x.nbytes for x in group) for group in (self.inputs, outputs, self.parameters)]
         read, written, gradients = sizes
         forward, backward = read + written, read + 2 * written + gradients

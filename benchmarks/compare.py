@@ -12,7 +12,6 @@ each other's median.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -46,17 +45,28 @@ def main() -> None:
 
 def print_comparison(old: dict, new: dict, old_name: str, new_name: str) -> None:
     print(f"old: {old_name}   new: {new_name}")
-    line = "{:>7} {:<13} {:<26} {:<12} {:<9} {:<7} {:>11} {:>11} {:>8}  {}"
-    headings = ("length", "heads, dims", "op", "impl", "direction", "data", "old ms", "new ms", "new/old")
+    line = "{:>7} {:>5} {:<13} {:<26} {:<12} {:<9} {:<7} {:>11} {:>11} {:>8}  {}"
+    headings = (
+        "length",
+        "batch",
+        "heads, dims",
+        "op",
+        "impl",
+        "direction",
+        "data",
+        "old ms",
+        "new ms",
+        "new/old",
+    )
     print(line.format(*headings, "verdict"))
     shared = [key for key in old if key in new]
     for key in shared:
-        _, op, impl, direction, data, length, *shape = key
+        _, op, impl, direction, data, batch, length, *shape = key
         before, after = old[key], new[key]
         ratio = after["ms"] / before["ms"]
         cells = (f"{before['ms']:.3f}", f"{after['ms']:.3f}", f"{ratio:.3f}", verdict(before, after))
         heads_dims = "{}/{} {}/{}".format(*shape)
-        print(line.format(length, heads_dims, op, impl, direction, data, *cells))
+        print(line.format(length, batch, heads_dims, op, impl, direction, data, *cells))
     slower, faster = (
         [key for key in shared if verdict(old[key], new[key]) == word] for word in ("slower", "faster")
     )
@@ -98,7 +108,7 @@ def _measure_library(library: Path, run_arguments: list[str], output: Path) -> d
     environment = os.environ | {"PYTHONPATH": str(library)}
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *run_arguments, "--impls", "nsa"]
     subprocess.run([*command, "--json", str(output)], check=True, env=environment)
-    return results_file.by_key(json.loads(output.read_text())["rows"])
+    return results_file.by_key(results_file.load(output)["rows"])
 
 
 def pool(runs: list[dict]) -> dict:

@@ -32,10 +32,13 @@ def describe_machine(device: str) -> dict:
 
 
 def git_revision() -> str:
-    """Short revision of the tree, "-dirty" when tracked files differ from it, "unknown" outside git."""
+    """Short revision of the tree, "-dirty" when tracked files differ from it. Outside git: $NSA_REVISION, or
+    the one that the library was built from, or "unknown".
+    """
+    if _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") != str(ROOT):
+        built = (_library_info() or {}).get("git_revision", "unknown")
+        return os.environ.get("NSA_REVISION") or built
     revision = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    if not revision:
-        return "unknown"
     return revision + ("-dirty" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 

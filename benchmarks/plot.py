@@ -1,4 +1,4 @@
-"""Draws milliseconds and speed-up against length, one column per direction, as PNG.
+"""Draws milliseconds and speed-up against length, one column per direction (decoding: per batch), as PNG.
 
     python benchmarks/plot.py results.json --output results.png
     python benchmarks/plot.py results.json --op selected_attention
@@ -23,30 +23,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--op", default="attention")
+    parser.add_argument("--op", help="default: the first of the file")
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="default: beside the results")
     args = parser.parse_args()
 
     result = results_file.load(args.results)
-    rows = [row for row in result["rows"] if row["op"] == args.op]
+    op = args.op or next((row["op"] for row in result["rows"]), "attention")
+    rows = [row for row in result["rows"] if row["op"] == op]
     if not rows:
-        raise SystemExit(f"no rows of {args.op}")
-    if len({tuple(row[name] for name in results_file.KEY[6:]) for row in rows}) > 1:
+        raise SystemExit(f"no rows of {op}")
+    if len({results_file.shape_of(row) for row in rows}) > 1:
         raise SystemExit(f"{args.results} has several shapes: table.py shows them")
-    directions = [d for d in DIRECTIONS if any(row["direction"] == d for row in rows)]
-    size = (5.5 * len(directions), 8)
-    figure, axes = plt.subplots(2, len(directions), figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(f"{args.op}: {results_file.caption(result['machine'], rows)}", fontsize=9)
-    for direction, (time_axes, speedup_axes) in zip(directions, axes.T, strict=True):
-        draw(rows, args.op, direction, time_axes, speedup_axes)
+    columns = columns_of(rows)
+    size = (5.5 * len(columns), 8)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(f"{op}: {results_file.caption(result['machine'], rows)}", fontsize=9)
+    for (title, labels), (time_axes, speedup_axes) in zip(columns.items(), axes.T, strict=True):
+        draw(rows, title, labels, time_axes, speedup_axes)
     figure.savefig(args.output or args.results.with_suffix(".png"), dpi=130)
 
 
-def draw(rows: list[dict], op: str, direction: str, time_axes: Axes, speedup_axes: Axes) -> None:
+def columns_of(rows: list[dict]) -> dict[str, dict]:
+    """Title -> labels of its rows: a column per batch of decoding, else one per direction."""
+    if any(row["direction"] == "mean" for row in rows):
+        batches = sorted({row["batch"] for row in rows})
+        return {f"batch {batch}": {"direction": "mean", "batch": batch} for batch in batches}
+    return {d: {"direction": d} for d in DIRECTIONS if any(row["direction"] == d for row in rows)}
+
+
+def draw(rows: list[dict], title: str, labels: dict, time_axes: Axes, speedup_axes: Axes) -> None:
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     colors = {impl: f"C{i}" for i, impl in enumerate(impls)}
     for data in dict.fromkeys(row["data"] for row in rows):
-        table = results_file.by_impl(rows, op, direction, data)
+        table = results_file.by_impl(rows, data=data, **labels)
         nsa = table.get("nsa", {})
         for impl, by_length in table.items():
             line = {"color": colors[impl], "marker": "o", "markersize": 4}
@@ -58,7 +67,7 @@ def draw(rows: list[dict], op: str, direction: str, time_axes: Axes, speedup_axe
             if impl != "nsa" and shared:
                 ratios = [by_length[t]["ms"] / nsa[t]["ms"] for t in shared]
                 speedup_axes.plot(shared, ratios, label=f"over {label}", **line)
-    time_axes.set(title=direction, ylabel="ms", yscale="log")
+    time_axes.set(title=title, ylabel="ms", yscale="log")
     speedup_axes.set(ylabel="speed-up of nsa")
     speedup_axes.axhline(1, color="gray", linewidth=0.8)
     ticks = sorted({row["length"] for row in rows})

@@ -4,8 +4,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-KEY = ("suite", "op", "impl", "direction", "data", "length")
-KEY += ("num_heads_q", "num_heads_kv", "head_dim_qk", "head_dim_v")
+SHAPE = ("num_heads_q", "num_heads_kv", "head_dim_qk", "head_dim_v")
+KEY = ("suite", "op", "impl", "direction", "data", "batch", "length", *SHAPE)
 Key = tuple[str | int, ...]
 
 
@@ -13,6 +13,8 @@ def load(path: Path) -> dict:
     result = json.loads(Path(path).read_text())
     if not {"machine", "rows"} <= result.keys():
         raise SystemExit(f"{path} is not a results file of benchmarks/run.py: it has no machine and rows")
+    for row in result["rows"]:
+        row.setdefault("batch", 1)  # files older than batches
     return result
 
 
@@ -21,20 +23,22 @@ def by_key(rows: list[dict]) -> dict[Key, dict]:
     return {tuple(row[name] for name in KEY): row for row in rows}
 
 
-def by_impl(rows: list[dict], op: str, direction: str, data: str) -> dict[str, dict[int, dict]]:
-    """impl -> length -> row, of one op, direction and data."""
+def by_impl(rows: list[dict], **labels: str | int) -> dict[str, dict[int, dict]]:
+    """impl -> length -> row, of the rows with these labels."""
     table: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows:
-        if (row["op"], row["direction"], row["data"]) == (op, direction, data):
+        if labels.items() <= row.items():
             table[row["impl"]][row["length"]] = row
     return dict(table)
 
 
+def shape_of(row: dict) -> tuple[int, ...]:
+    return tuple(row[name] for name in SHAPE)
+
+
 def caption(machine: dict, rows: list[dict]) -> str:
     """One line that says what was measured on what; heads and dims only where all rows share them."""
-    shared = {
-        (row["num_heads_q"], row["num_heads_kv"], row["head_dim_qk"], row["head_dim_v"]) for row in rows
-    }
+    shared = {shape_of(row) for row in rows}
     words = [rows[0]["dtype"]]
     if len(shared) == 1:
         heads_q, heads_kv, dim_qk, dim_v = shared.pop()

@@ -1,13 +1,13 @@
 """Prints a markdown table of a results file, or puts it into a document between its markers.
 
-    python benchmarks/table.py results.json                          attention beside dense attention
+    python benchmarks/table.py results.json                          the whole beside its baselines
     python benchmarks/table.py results.json --data smooth
     python benchmarks/table.py results.json --view ops               ms of every op of nsa
     python benchmarks/table.py results.json --into README.md
 
 The markers are the lines `<!-- benchmark: NAME -->` and `<!-- end of benchmark -->`. NAME is the suite, then
-the view if it is not `attention`, then the data if they are not random: `training`, `training smooth`,
-`training ops`.
+the view if it is not the suite's first (`decode` of the suite decode, `attention` of others), then the data
+if they are not random: `training`, `training smooth`, `training ops`, `decode`.
 """
 
 import argparse
@@ -25,19 +25,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--view", choices=sorted(VIEWS), default="attention")
+    parser.add_argument("--view", choices=sorted(VIEWS), help="default: the suite's first")
     parser.add_argument("--data", default="random")
     parser.add_argument("--impls", nargs="+", help="only these implementations (default: all)")
     parser.add_argument("--into", type=Path, metavar="FILE.md", help="replace the table between the markers")
     args = parser.parse_args()
 
     result = results_file.load(args.results)
-    text = markdown(result, args.view, args.data, args.impls)
+    if not result["rows"]:
+        raise SystemExit(f"{args.results} has no rows")
+    suite = result["rows"][0]["suite"]
+    first_view = "decode" if suite == "decode" else "attention"
+    view = args.view or first_view
+    text = markdown(result, view, args.data, args.impls)
     if args.into is None:
         print(text)
         return
-    suite = result["rows"][0]["suite"]
-    words = (suite, args.view if args.view != "attention" else "", args.data if args.data != "random" else "")
+    words = (suite, view if view != first_view else "", args.data if args.data != "random" else "")
     begin = f"<!-- benchmark: {' '.join(word for word in words if word)} -->"
     document = args.into.read_text()
     between = re.compile(f"{re.escape(begin)}.*?{re.escape(END)}", re.DOTALL)
@@ -62,12 +66,12 @@ Table = tuple[list[str], list[list[str]], list[dict]]  # header, lines, the rows
 
 def attention_table(rows: list[dict]) -> Table:
     """Per direction, shape and length: ms of each implementation, nsa's speed-up, peak memory."""
-    rows = [row for row in rows if row["op"] == "attention"]
+    rows = [row for row in rows if row["op"] in ("attention", "prefill")]
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     others = [impl for impl in impls if impl != "nsa"] if "nsa" in impls else []
     by_point: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        shape = tuple(row[name] for name in results_file.KEY[6:])
+        shape = results_file.shape_of(row)
         by_point.setdefault((DIRECTIONS.index(row["direction"]), shape, row["length"]), {})[row["impl"]] = row
     several_shapes = len({shape for _, shape, _ in by_point}) > 1
     has_floor = any(row.get("floor_share") for row in rows)
@@ -89,6 +93,27 @@ def attention_table(rows: list[dict]) -> Table:
     return header, lines, rows
 
 
+def decode_table(rows: list[dict]) -> Table:
+    """Per batch and length: microseconds of each implementation, the mean of steps; of nsa also the kinds of
+    step, the floor and its share."""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    others = [impl for impl in impls if not impl.startswith("nsa")]
+    header = ["batch", "cache", *(f"{impl} us" for impl in impls), *(f"x {impl}" for impl in others)]
+    header += ["no block finished", "every sequence finishes one", "floor us", "share of the floor"]
+    lines = []
+    for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
+        point = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
+        steps = {(row["impl"], row["direction"]): row for row in point}
+        nsa = steps.get(("nsa", "mean"))
+        cells = [str(batch), f"{length:,}", *(_microseconds(steps.get((impl, "mean"))) for impl in impls)]
+        cells += [_speedup(nsa, steps.get((impl, "mean"))) for impl in others]
+        cells += [_microseconds(steps.get(("nsa", kind))) for kind in ("ordinary", "compressing")]
+        has_floor = nsa is not None and nsa["floor_ms"] is not None
+        cells += [f"{1e3 * nsa['floor_ms']:.1f}" if has_floor else "", _percent(nsa)]
+        lines.append(cells)
+    return header, lines, rows
+
+
 def ops_table(rows: list[dict]) -> Table:
     """Per direction and op: ms of nsa at each length."""
     rows = [row for row in rows if row["impl"] == "nsa"]
@@ -96,16 +121,20 @@ def ops_table(rows: list[dict]) -> Table:
     lines = []
     for direction in DIRECTIONS:
         for op in dict.fromkeys(row["op"] for row in rows if row["direction"] == direction):
-            found = results_file.by_impl(rows, op, direction, rows[0]["data"])["nsa"]
+            found = results_file.by_impl(rows, op=op, direction=direction)["nsa"]
             lines.append([direction, op.replace("_", " "), *(_milliseconds(found.get(t)) for t in lengths)])
     return ["", "op", *(f"{length:,} ms" for length in lengths)], lines, rows
 
 
-VIEWS = {"attention": attention_table, "ops": ops_table}
+VIEWS = {"attention": attention_table, "decode": decode_table, "ops": ops_table}
 
 
 def _milliseconds(row: dict | None) -> str:
     return "" if row is None else f"{row['ms']:,.{0 if row['ms'] >= 100 else 1 if row['ms'] >= 10 else 3}f}"
+
+
+def _microseconds(row: dict | None) -> str:
+    return "" if row is None else f"{1e3 * row['ms']:,.{0 if row['ms'] >= 1 else 1}f}"
 
 
 def _speedup(row: dict | None, other: dict | None) -> str:

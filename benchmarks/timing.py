@@ -24,6 +24,7 @@ class Method:
     rounds: int = 10
     min_rounds: int = 2
     budget_s: float = 30  # rounds beyond min_rounds stop when they have taken this long
+    limit_s: float = float("inf")  # shorter bursts and fewer rounds where even min_rounds would take longer
 
 
 # A CPU call takes seconds at the longest lengths: there a burst is one call, and time limits the rounds.
@@ -43,48 +44,95 @@ class Timing:
     sm_mhz: float | None  # median over the bursts
 
 
+@dataclass(frozen=True)
+class Burst:
+    calls: int
+    warm_up: bool  # begins with an untimed call, which brings caches and clocks back
+
+
 Call = Callable[[], object]
 
 
 def measure(
-    prepare: dict[Hashable, Callable[[], Call]], device: str, method: Method
-) -> dict[Hashable, Timing]:
-    """Times what every prepare() returns by bursts in turn. Each has run once before: lazy initialisation.
+    prepare: dict[Hashable, Callable[[], Call]],
+    device: str,
+    method: Method,
+    estimate_ms: dict[Hashable, float] | None = None,
+) -> tuple[dict[Hashable, Timing], dict[Hashable, Exception]]:
+    """Times what every prepare() returns by bursts in turn; what runs out of memory is left out, and returned
+    with its error. Each has run once before: lazy initialisation. estimate_ms: of a call, where known.
 
     On a GPU a call is prepared for each burst and dropped afterwards: the graphs that backward calls hold
     would not fit all at once.
     """
+    begin, budget_s = time.perf_counter(), min(method.budget_s, method.limit_s)
     is_cuda = device == "cuda"
     time_calls = _time_cuda_calls if is_cuda else _time_cpu_calls
+    active = dict(prepare)
     samples: dict[Hashable, list[float]] = {key: [] for key in prepare}
     clocks: dict[Hashable, list[int]] = {key: [] for key in prepare}
-    estimate_ms, kept = {}, {}
-    for key, make in prepare.items():
-        call = make()
-        estimate_ms[key] = time_calls(call, 1)[0]
-        if not is_cuda:
-            kept[key] = call
-        del call
+    estimates, kept, failures = dict(estimate_ms or {}), {}, {}
+
+    def burst_of(key: Hashable, burst: Burst) -> list[float]:
+        """[] when the memory does not suffice, now or before."""
+        if key in failures:
+            return []
+        try:
+            call = kept.get(key) or active[key]()
+            if not is_cuda:
+                kept[key] = call
+            if burst.warm_up:
+                time_calls(call, 1)
+            return time_calls(call, burst.calls, clocks[key])
+        except torch.OutOfMemoryError as error:
+            failures[key] = error.with_traceback(None)  # whose frames hold tensors
+        gc.collect()
+        torch.cuda.empty_cache()
+        return []
+
+    for key in prepare:
+        if key not in estimates and (sample := burst_of(key, Burst(1, False))):
+            estimates[key] = sample[0]
+            clocks[key].clear()
+    bursts, min_rounds = plan({key: estimates[key] for key in prepare if key not in failures}, method)
     gc.collect()
     gc.disable()
+    rounds = 0
     try:
-        begin = time.perf_counter()
-        for completed in range(method.rounds):
-            elapsed = time.perf_counter() - begin
-            if completed >= method.min_rounds and elapsed + elapsed / completed > method.budget_s:
+        first_round = time.perf_counter()
+        while rounds < method.rounds:
+            now = time.perf_counter()
+            if rounds >= min_rounds and now - begin + (now - first_round) / rounds > budget_s:
                 break
-            for key, make in prepare.items():
-                call = kept.get(key) or make()
-                count = max(method.min_calls, round(method.burst_ms / estimate_ms[key]))
-                if count > 1:
-                    time_calls(call, 1)  # untimed: brings caches and clocks back
-                samples[key] += time_calls(call, count, clocks[key])
-                del call
+            for key, burst in bursts.items():
+                samples[key] += burst_of(key, burst)
                 time.sleep(method.pause_ms / 1e3)
-            rounds = completed + 1
+            rounds += 1
     finally:
         gc.enable()
-    return {key: summarize(samples[key], rounds, clocks[key]) for key in prepare}
+    timings = {key: summarize(ms, rounds, clocks[key]) for key, ms in samples.items() if ms}
+    return timings, failures
+
+
+def plan(estimate_ms: dict[Hashable, float], method: Method) -> tuple[dict[Hashable, Burst], int]:
+    """The burst of each, and the least number of rounds. Where min_rounds of the bursts as `method` has them
+    exceed its limit, a call that is as long as a burst is one, without another before it, and a round is
+    enough.
+    """
+
+    def burst(ms: float, min_calls: int) -> Burst:
+        calls = max(min_calls, round(method.burst_ms / max(ms, 1e-3)))
+        return Burst(calls, warm_up=calls > 1)
+
+    def seconds(bursts: dict[Hashable, Burst]) -> float:
+        return (
+            sum((b.calls + b.warm_up) * estimate_ms[key] + method.pause_ms for key, b in bursts.items()) / 1e3
+        )
+
+    full = {key: burst(ms, method.min_calls) for key, ms in estimate_ms.items()}
+    if method.min_rounds * seconds(full) <= method.limit_s:
+        return full, method.min_rounds
+    return {key: burst(ms, 1) for key, ms in estimate_ms.items()}, 1
 
 
 def summarize(ms: list[float], rounds: int, clocks: list[int]) -> Timing:

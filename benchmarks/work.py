@@ -1,5 +1,6 @@
 """The work of an operation: query-key pairs, the matrix products over them, bytes, and the floor they set."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,14 @@ def dense_pairs(case: Case) -> int:
     return case.length * (case.length + 1) // 2
 
 
+@functools.cache
 def compressed_pairs(case: Case) -> int:
     block, stride = case.shape.compress_block_size, case.shape.compress_stride
     visible = range(block - 1, case.length)  # query t sees (t + 1 - block) // stride + 1 blocks
     return sum((t + 1 - block) // stride + 1 for t in visible)
 
 
+@functools.cache
 def selected_pairs(case: Case) -> int:
     """Assumes that the own block is forced (num_local_blocks > 0)."""
     block, n = case.shape.block_size, case.shape.num_selected_blocks
@@ -70,6 +73,19 @@ def gathered_bytes(block_indices: Tensor, case: Case) -> int:
     distinct = int((first & (blocks >= 0)).sum())
     element = getattr(torch, case.dtype).itemsize
     return distinct * shape.block_size * (shape.head_dim_qk + shape.head_dim_v) * element
+
+
+def row_bytes(case: Case) -> int:
+    """Of one row of K and V of every KV head."""
+    shape = case.shape
+    return shape.num_heads_kv * (shape.head_dim_qk + shape.head_dim_v) * getattr(torch, case.dtype).itemsize
+
+
+def decode_rows(case: Case) -> int:
+    """That a decoding step must read: compressed ones, those of the selected blocks, and the window."""
+    shape, length = case.shape, case.length
+    selected = min(length, shape.num_selected_blocks * shape.block_size)
+    return case.batch * (length // shape.compress_stride + selected + min(length, shape.window_size))
 
 
 # ---- The floor ----

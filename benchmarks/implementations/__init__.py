@@ -2,6 +2,6 @@
 
 from registry import REGISTRY
 
-from implementations import dense, fla, nsa
+from implementations import decode, dense, fla, nsa, prefill
 
-__all__ = ["REGISTRY", "dense", "fla", "nsa"]
+__all__ = ["REGISTRY", "decode", "dense", "fla", "nsa", "prefill"]

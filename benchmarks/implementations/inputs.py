@@ -6,6 +6,21 @@ from case import Case
 from torch import Tensor
 
 
+def attention_options(case: Case) -> dict[str, float]:
+    """The keyword arguments of nsa_ext.ops.attention and decode_attention."""
+    s = case.shape
+    return {
+        "compress_block_size": s.compress_block_size,
+        "compress_stride": s.compress_stride,
+        "block_size": s.block_size,
+        "num_selected_blocks": s.num_selected_blocks,
+        "num_initial_blocks": s.num_initial_blocks,
+        "num_local_blocks": s.num_local_blocks,
+        "window_size": s.window_size,
+        "softmax_scale": case.softmax_scale,
+    }
+
+
 class Inputs:
     def __init__(self, case: Case):
         self.case, self.make = case, case.generator()

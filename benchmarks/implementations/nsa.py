@@ -54,6 +54,13 @@ def portable_path() -> Iterator[None]:
             os.environ["NSA_CUDA_PATH"] = before
 
 
+def whole_flops(case: Case) -> dict[str, float]:
+    """Of all three branches and the selection."""
+    flops = attention_flops(case, compressed_pairs(case) + selected_pairs(case) + window_pairs(case))
+    flops["forward"] += score_flops(case)
+    return flops
+
+
 @implementation("attention", "nsa")
 def attention(case: Case) -> Workload:
     ops, inputs = nsa_ops(), Inputs(case)
@@ -66,8 +73,7 @@ def attention(case: Case) -> Workload:
     )
     window = case.shape.window_size
     settings = (*inputs.seqlens, *inputs.compress, *inputs.selection, window, case.softmax_scale)
-    flops = attention_flops(case, compressed_pairs(case) + selected_pairs(case) + window_pairs(case))
-    flops["forward"] += score_flops(case)
+    flops = whole_flops(case)
     with torch.no_grad():
         gathered = gathered_bytes(ops.attention(*tensors, *settings)[1], case)
     return Workload(tensors, lambda: ops.attention(*tensors, *settings)[:1], flops, gathered_bytes=gathered)
@@ -75,10 +81,12 @@ def attention(case: Case) -> Workload:
 
 @implementation("attention", "nsa_portable")
 def attention_portable(case: Case) -> Workload:
+    if case.device == "cpu":
+        raise ValueError("there is no kernel of the portable CUDA path on a CPU")
     return replace(attention(case), context=portable_path)
 
 
-@implementation("compress", "nsa")
+@implementation("compress", "nsa", depends_on_data=False)
 def compress(case: Case) -> Workload:
     ops, inputs, s = nsa_ops(), Inputs(case), case.shape
     streams = []
@@ -109,7 +117,7 @@ def compress(case: Case) -> Workload:
     return Workload(tensors, forward, flops, variant)
 
 
-@implementation("compressed_attention", "nsa")
+@implementation("compressed_attention", "nsa", depends_on_data=False)
 def compressed_attention(case: Case) -> Workload:
     ops, inputs = nsa_ops(), Inputs(case)
     tensors = (inputs.query(), *inputs.compressed_key_value())
@@ -160,7 +168,7 @@ def selected_attention(case: Case) -> Workload:
     )
 
 
-@implementation("sliding_window_attention", "nsa")
+@implementation("sliding_window_attention", "nsa", depends_on_data=False)
 def sliding_window_attention(case: Case) -> Workload:
     ops, inputs = nsa_ops(), Inputs(case)
     tensors = (inputs.query(), *inputs.key_value())
@@ -169,7 +177,7 @@ def sliding_window_attention(case: Case) -> Workload:
     return Workload(tensors, lambda: ops.sliding_window_attention(*tensors, *settings)[:1], flops)
 
 
-@implementation("gated_combine", "nsa")
+@implementation("gated_combine", "nsa", depends_on_data=False)
 def gated_combine(case: Case) -> Workload:
     ops, inputs, s = nsa_ops(), Inputs(case), case.shape
     branches = tuple(inputs.make(case.length, s.num_heads_q, s.head_dim_v) for _ in range(3))
