@@ -13,14 +13,19 @@ Builder = Callable[[Case], Workload]
 REGISTRY: dict[str, dict[str, Builder]] = {}
 # (op, impl) whose time is the same for all data of one distribution: run.py measures them once.
 DATA_INDEPENDENT: set[tuple[str, str]] = set()
+# How the time grows with the length, roughly, by (op, impl): length ** this.
+GROWTH: dict[tuple[str, str], float] = {}
 
 # How an operation says that it does not exist for these inputs on this machine.
 _ABSENT = ("no CUDA kernel", "there is no kernel", "No available kernel", "No viable backend", "does not fit")
 
 
-def implementation(op: str, impl: str, depends_on_data: bool = True) -> Callable[[Builder], Builder]:
+def implementation(
+    op: str, impl: str, depends_on_data: bool = True, growth: float = 1.2
+) -> Callable[[Builder], Builder]:
     def register(builder: Builder) -> Builder:
         REGISTRY.setdefault(op, {})[impl] = builder
+        GROWTH[op, impl] = growth
         if not depends_on_data:
             DATA_INDEPENDENT.add((op, impl))
         return builder

@@ -34,7 +34,7 @@ import torch
 from case import Case, Workload
 from implementations import REGISTRY
 from machine import describe_machine, device_name, git_revision
-from registry import DATA_INDEPENDENT, why_absent
+from registry import DATA_INDEPENDENT, GROWTH, why_absent
 from suites import DECODE_DIRECTIONS, DIRECTIONS, SUITES, Suite
 from timing import METHODS, Method, Timing, measure
 from trial import Trial, try_out
@@ -60,23 +60,19 @@ def main() -> int:
     print("  ".join(f"{key}: {value}" for key, value in results.machine.items()))
     print(COLUMNS.format(*HEADINGS, f"x {suite.baseline[-6:]}"), flush=True)
     points = points_of(suite, args, device)
-    costs = [cost(suite, op, case) for op, case in points]
+    costs = [cost(suite, op, case, case.data == args.data[0]) for op, case in points]
     for i, (op, case) in enumerate(points):
         left = args.seconds - (time.monotonic() - begin) if args.seconds else None
         point = Point(suite, op, case, args, threads)
-        if left is not None and left <= 0:
-            results.add([], point.all_absent(LATE), suite.baseline)
-            continue
-        limit = left * costs[i] / sum(costs[i:]) if left else None
-        share = f", {limit:.1f} s" if limit else ""
-        where = f"batch {case.batch}, length {case.length}"
-        print(
-            f"[{time.monotonic() - begin:.1f} s] {op}, {where}, {case.data}{share}",
-            file=sys.stderr,
-            flush=True,
-        )
-        rows, absent = point.measure(limit, results.rows)
-        results.add(rows, absent, suite.baseline)
+        is_late = left is not None and left <= 0
+        limit = left * costs[i] / max(1, sum(costs[i:])) if left else None
+        share = "" if left is None else f": {LATE}" if is_late else f", {limit:.1f} s"
+        where = f"{op}, batch {case.batch}, length {case.length}, {case.data}{share}"
+        print(f"[{time.monotonic() - begin:.1f} s] {where}", file=sys.stderr, flush=True)
+        rows, absent = ([], point.all_absent(LATE)) if is_late else point.measure(limit, results.rows)
+        if not is_late:
+            print_rows(rows, absent, suite.baseline)
+        results.add(rows, absent)
         del point
         if device == "cuda":
             gc.collect()
@@ -128,9 +124,10 @@ def points_of(suite: Suite, args: argparse.Namespace, device: str) -> list[tuple
     ]
 
 
-def cost(suite: Suite, op: str, case: Case) -> float:
+def cost(suite: Suite, op: str, case: Case, first_data: bool) -> float:
     """How a point's time compares with others', roughly: set-up, and work that grows with the length."""
-    return len(suite.ops[op]) * (1 + (case.length / 32768) ** suite.growth)
+    measured = [impl for impl in suite.ops[op] if first_data or (op, impl) not in DATA_INDEPENDENT]
+    return sum(1 + (case.length / 32768) ** GROWTH[op, impl] for impl in measured)
 
 
 def method_of(suite: Suite, args: argparse.Namespace, device: str) -> Method:
@@ -150,8 +147,7 @@ class Results:
         self.absent: list[dict] = []
         self._write()
 
-    def add(self, rows: list[dict], absent: list[dict], baseline: str) -> None:
-        print_rows(rows, absent, baseline)
+    def add(self, rows: list[dict], absent: list[dict]) -> None:
         self.rows += rows
         self.absent += absent
         self._write()

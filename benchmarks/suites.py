@@ -26,9 +26,6 @@ class Suite:
     directions: tuple[str, ...] = DIRECTIONS
     data: tuple[str, ...] = ("random", "smooth")
     method: dict[str, float] = field(default_factory=dict)  # what differs from timing.METHODS
-    growth: float = (
-        1.7  # of a point's cost with the length, as --seconds shares time out: (length / 32k) ** it
-    )
 
 
 SINGLE_OPS = (
@@ -94,7 +91,6 @@ _SUITES = (
         data=("random",),
         # Bound by memory and latency, not by the power cap: short bursts and pauses do.
         method={"burst_ms": 20, "pause_ms": 20},
-        growth=0,
     ),
     Suite(
         name="prefill",

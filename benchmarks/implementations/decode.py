@@ -209,12 +209,12 @@ def _sparse(case: Case, page: int | None) -> Workload:
     return DecodeWorkload(case, storage, storage.num_layers, steps, step, bytes_of_step)
 
 
-@implementation("decode", "nsa")
+@implementation("decode", "nsa", growth=0)  # set-up and pauses are most of it
 def contiguous(case: Case) -> Workload:
     return _sparse(case, page=None)
 
 
-@implementation("decode", "nsa_paged")
+@implementation("decode", "nsa_paged", growth=0)  # set-up and pauses are most of it
 def paged(case: Case) -> Workload:
     """Pages of one selection block, in random order."""
     return _sparse(case, page=case.shape.block_size)
@@ -258,11 +258,11 @@ def _dense(case: Case, backend: SDPBackend, as_queries: bool) -> Workload:
 DENSE = {"sdpa_flash": (SDPBackend.FLASH_ATTENTION, True), "sdpa_cudnn": (SDPBackend.CUDNN_ATTENTION, False)}
 
 
-@implementation("decode", "sdpa_flash")
+@implementation("decode", "sdpa_flash", growth=0)  # set-up and pauses are most of it
 def sdpa_flash(case: Case) -> Workload:
     return _dense(case, *DENSE["sdpa_flash"])
 
 
-@implementation("decode", "sdpa_cudnn")
+@implementation("decode", "sdpa_cudnn", growth=0)  # set-up and pauses are most of it
 def sdpa_cudnn(case: Case) -> Workload:
     return _dense(case, *DENSE["sdpa_cudnn"])

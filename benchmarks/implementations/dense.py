@@ -68,7 +68,7 @@ def _fastest_variant(case: Case) -> str:
     return min(VARIANTS, key=best_of_two)
 
 
-@implementation("attention", "sdpa", depends_on_data=False)
+@implementation("attention", "sdpa", depends_on_data=False, growth=2)
 def sdpa(case: Case) -> Workload:
     """In whichever variant torch is fastest, found by a short trial."""
     trial = replace(case, length=min(case.length, TRIAL_LENGTH))
@@ -94,13 +94,13 @@ def _by_backend(case: Case, backend: SDPBackend) -> Workload:
     return Workload(tensors, forward, attention_flops(case, dense_pairs(case)), variant)
 
 
-@implementation("prefill", "sdpa_flash", depends_on_data=False)
-@implementation("attention", "sdpa_flash", depends_on_data=False)
+@implementation("prefill", "sdpa_flash", depends_on_data=False, growth=2)
+@implementation("attention", "sdpa_flash", depends_on_data=False, growth=2)
 def sdpa_flash(case: Case) -> Workload:
     return _by_backend(case, SDPBackend.FLASH_ATTENTION)
 
 
-@implementation("prefill", "sdpa_cudnn", depends_on_data=False)
-@implementation("attention", "sdpa_cudnn", depends_on_data=False)
+@implementation("prefill", "sdpa_cudnn", depends_on_data=False, growth=2)
+@implementation("attention", "sdpa_cudnn", depends_on_data=False, growth=2)
 def sdpa_cudnn(case: Case) -> Workload:
     return _by_backend(case, SDPBackend.CUDNN_ATTENTION)
