@@ -215,7 +215,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
   const int group = p.shape.group(), dim_qk = p.shape.head_dim_qk, dim_v = p.shape.head_dim_v;
   const int heads_kv = p.shape.num_heads_kv, heads_q = p.shape.num_heads_q;
   const int64_t tokens = tokens_per_tile(group), rows = tokens * group;
-  const bool want_scores = grads.dq != nullptr || grads.dk != nullptr;
+  const bool want_scores = grads.dq.wanted() || grads.dk != nullptr;
 
   const KeyTiles tiles(p.seqs, p.keys, kTileKeys);
   int64_t num_units = 0, num_rows = 0;
@@ -236,7 +236,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
                  : out_of_memory();
     if (!status.ok()) return status;
   }
-  if (grads.dq) {
+  if (grads.dq.wanted()) {
     k = PackedKeys<A>(tiles, heads_kv, dim_qk, false);
     status = k ? pack_keys<A, T>(k, tiles, p.seqs, p.keys, p.k, heads_kv, dim_qk, false, parallel, wanted)
                : out_of_memory();
@@ -265,7 +265,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
         for (int64_t index = unit.first_tile; index < unit.last_tile; index += unit.step) {
           const QueryTile tile{unit.b, unit.head, index * tokens, min64(tokens, seq.q_len - index * tokens)};
           const KeyRange all = band.of(tile);
-          if (all.empty()) continue;
+          if (all.empty() && !grads.dq.wanted()) continue;
           for (int64_t i = 0; i < tile.count; ++i) {
             const int64_t token = seq.q_begin + tile.begin + i, row = token * heads_q + unit.head * group;
             load_heads<A, T>(&scratch.q[i * group * ld_qk], ld_qk, p.q, token, unit.head * group, group,
@@ -277,7 +277,7 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
               scratch.delta[i * group + g] = delta[row + g];
             }
           }
-          if (grads.dq) scratch.dq.zero(tile.count * group * ld_qk);
+          if (grads.dq.wanted()) scratch.dq.zero(tile.count * group * ld_qk);
 
           for (int64_t j = all.lo / kTileKeys; j * kTileKeys < all.hi; ++j) {
             const TileView view = view_of(band, tile, j * kTileKeys, kTileKeys);
@@ -311,19 +311,18 @@ Status backward(const BandedAttentionBwdParams& p, const Parallel& parallel) {
             if (dk)
               gemm<A>(num_keys, ld_qk, m, {ds + view.keys.lo, 1, ld, q, ld_qk, dk + unit_row * ld_qk, ld_qk},
                       true);
-            if (grads.dq) {
+            if (grads.dq.wanted()) {
               gemm<A>(m, ld_qk, num_keys,
                       {ds + view.keys.lo, ld, 1, k.tile(unit.head, key_tile) + view.keys.lo * ld_qk, ld_qk,
                        &scratch.dq[r0 * ld_qk], ld_qk},
                       true);
             }
           }
-          if (grads.dq) {
+          if (grads.dq.wanted()) {
             for (int64_t r = 0; r < tile.count * group; ++r) {
               const int64_t row =
                   (seq.q_begin + tile.begin + r / group) * heads_q + unit.head * group + r % group;
-              A* dst = static_cast<A*>(grads.dq) + row * dim_qk;
-              for (int d = 0; d < dim_qk; ++d) dst[d] += scale * scratch.dq[r * ld_qk + d];
+              put_query_grads<A, T>(grads.dq, row, dim_qk, scale, &scratch.dq[r * ld_qk]);
             }
           }
         }

@@ -313,7 +313,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
   const int group = p.shape.group(), dim_qk = p.shape.head_dim_qk, dim_v = p.shape.head_dim_v,
             n = p.num_selected_blocks;
   const int heads_kv = p.shape.num_heads_kv, heads_q = p.shape.num_heads_q;
-  const bool want_scores = grads.dq != nullptr || grads.dk != nullptr;
+  const bool want_scores = grads.dq.wanted() || grads.dk != nullptr;
   const Batch batch(p.seqs, p.block_size);
   if (!batch) return out_of_memory();
   const Buffer<uint8_t> chosen = mark_chosen(batch, p.block_indices, heads_kv, n);
@@ -323,7 +323,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
   const int64_t num_blocks = batch.num_blocks();
   const PackedBlocks<A> k_t(tiling, num_blocks, heads_kv, dim_qk, true),
       v_t(tiling, want_scores ? num_blocks : 0, heads_kv, dim_v, true),
-      k(tiling, grads.dq ? num_blocks : 0, heads_kv, dim_qk, false);
+      k(tiling, grads.dq.wanted() ? num_blocks : 0, heads_kv, dim_qk, false);
   Status status = pack_blocks<A, T>(k_t, batch, chosen, p.k, heads_kv, dim_qk, true, parallel);
   if (status.ok()) status = pack_blocks<A, T>(v_t, batch, chosen, p.v, heads_kv, dim_v, true, parallel);
   if (status.ok()) status = pack_blocks<A, T>(k, batch, chosen, p.k, heads_kv, dim_qk, false, parallel);
@@ -335,7 +335,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
   const int64_t chunk =
       max64(1, min64(min64(kMaxChunkTokens, batch.num_queries()), kScoreGradBytes / max64(1, token_bytes)));
   Choices choices(chunk, num_blocks, heads_kv, n);
-  const Buffer<A> chunk_ds(grads.dq ? chunk * heads_kv * n * slot_size : 0);
+  const Buffer<A> chunk_ds(grads.dq.wanted() ? chunk * heads_kv * n * slot_size : 0);
   if (!choices || !chunk_ds) return out_of_memory();
   const auto ds_of = [&](int64_t query, int64_t head, int64_t slot) {
     return &chunk_ds[((query * heads_kv + head) * n + slot) * slot_size];
@@ -396,7 +396,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
                   probability_row(prob + r * ld, visible, computed, lse[row]);
                   if (want_scores) score_grad_row(ds + r * ld, prob + r * ld, visible, computed, delta[row]);
                 }
-                if (grads.dq && !visible.empty()) {
+                if (grads.dq.wanted() && !visible.empty()) {
                   A* kept = ds_of(entry.query, head, entry.slot) + part * group * ld;
                   for (int g = 0; g < group; ++g)
                     std::memcpy(kept + g * ld, ds + (i * group + g) * ld,
@@ -422,7 +422,7 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
           }
         });
     if (!status.ok()) return status;
-    if (!grads.dq) continue;
+    if (!grads.dq.wanted()) continue;
 
     status = parallel_tasks(
         parallel, chunk_end - chunk_begin, [&] { return Buffer<A>(group * ld_qk); },
@@ -442,9 +442,9 @@ Status backward(const SelectedAttentionBwdParams& p, const Parallel& parallel) {
                         {ds, ld, 1, k.tile(head, block, part), ld_qk, dq.get(), ld_qk}, true);
               }
             }
-            A* dst = static_cast<A*>(grads.dq) + (token.row * heads_q + head * group) * dim_qk;
             for (int g = 0; g < group; ++g) {
-              for (int d = 0; d < dim_qk; ++d) dst[g * dim_qk + d] += scale * dq[g * ld_qk + d];
+              put_query_grads<A, T>(grads.dq, token.row * heads_q + head * group + g, dim_qk, scale,
+                                    &dq[g * ld_qk]);
             }
           }
         });

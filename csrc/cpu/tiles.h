@@ -260,4 +260,19 @@ inline void score_grad_row(A* dp, const A* p, KeyRange visible, KeyRange compute
   mask_row(dp, visible.empty() ? KeyRange{computed.hi, computed.hi} : visible, computed, A(0));
 }
 
+// factor * own as this branch's dQ of one row of [T, Hq].
+template <typename A, typename T>
+inline void put_query_grads(const QueryGrads& grads, int64_t row, int dim, A factor, const A* own) {
+  A* sum = static_cast<A*>(grads.sum) + (grads.sum ? row * dim : 0);
+  T* result = static_cast<T*>(grads.result) + (grads.result ? row * dim : 0);
+  for (int d = 0; d < dim; ++d) {
+    const A x = grads.begun ? sum[d] + factor * own[d] : factor * own[d];
+    if (grads.result) {
+      result[d] = convert<T>(x);
+    } else {
+      sum[d] = x;
+    }
+  }
+}
+
 }  // namespace nsa::cpu::NSA_CPU_ISA

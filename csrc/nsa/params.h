@@ -2,8 +2,8 @@
 //
 // T, S: query and key tokens over the whole batch; Hq, Hkv: heads; Dk, Dv: head dims; R: rows of the keys at
 // hand (S for tokens, S // compress_stride for compressed blocks); n: num_selected_blocks. "acc" is the
-// accumulator type: double for f64, float for all others. Backward kernels ADD into dq, dk, dv, which the
-// caller has zeroed; a null pointer means that this gradient is not wanted.
+// accumulator type: double for f64, float for all others. Backward kernels ADD into dk and dv, which the
+// caller has zeroed, and write dq (QueryGrads); a null pointer means that this gradient is not wanted.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +70,18 @@ struct BandedAttentionFwdParams {
   void* lse;   // [T, Hq], acc, natural log
 };
 
+// Where dQ goes. Branches that share q add to one sum in turn, so that nothing has to be zeroed before the
+// first nor rounded after the last: the first one writes the sum, the last one reads it and writes the
+// result. Every row of a sequence is written, those that see no key too; rows behind the last sequence may
+// be.
+struct QueryGrads {
+  void* sum = nullptr;     // [T, Hq, Dk], acc, contiguous; null: one branch alone makes dQ
+  void* result = nullptr;  // [T, Hq, Dk], the dtype of q, contiguous, perhaps the sum itself; null: later
+  bool begun = false;      // the sum holds what branches before have given
+
+  NSA_HOST_DEVICE constexpr bool wanted() const { return sum != nullptr || result != nullptr; }
+};
+
 // What every attention backward needs beside its forward: dO may come unscaled, with the gate of the branch
 // beside it.
 struct AttentionGrads {
@@ -77,9 +89,9 @@ struct AttentionGrads {
   const void* d_o_scale;  // [T, Hq], acc, >= 0, or null (1): dO of the branch is d_o_scale * d_o
   const void* delta;      // [T, Hq], acc: rowsum of the branch's dO * o
   const void* lse;        // [T, Hq], acc, natural log
-  void* dq;               // [T, Hq, Dk], acc, contiguous, added to
-  void* dk;               // [R, Hkv, Dk], acc, contiguous, added to
-  void* dv;               // [R, Hkv, Dv], acc, contiguous, added to
+  QueryGrads dq;
+  void* dk;  // [R, Hkv, Dk], acc, contiguous, added to
+  void* dv;  // [R, Hkv, Dv], acc, contiguous, added to
 };
 
 struct BandedAttentionBwdParams {
@@ -159,6 +171,14 @@ struct GatedCombineFwdParams {
   // their gates hold.
   const int32_t* end_token;
   int num_heads;  // Hq
+};
+
+// What no query of a sequence owns: the rows from *end_row on, which lies where the data does.
+struct FillPaddingParams {
+  void* data;  // [num_rows, row_bytes], contiguous
+  int64_t num_rows, row_bytes;
+  const int32_t* end_row;
+  uint64_t pattern;  // 8 bytes, the element once or repeated
 };
 
 // One pass over dO and the three outputs gives every gate gradient and every delta:

@@ -80,11 +80,6 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};
 }
 
-// The gradient of gate_logits is written, not accumulated.
-Tensor empty_if(bool wanted, const Tensor& like) {
-  return wanted ? at::empty_symint(like.sym_sizes(), like.options()) : Tensor();
-}
-
 struct Attention : torch::autograd::Function<Attention> {
   static constexpr bool is_traceable = true;
 
@@ -189,17 +184,18 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
   checks.lse({"lse_swa", lse_swa}, q);
   checks.block_indices({"block_indices", block_indices}, q, shape);
 
-  // All three branches add into one dq.
-  const Tensor dq = gradient_accumulator(q, grad_mask[0]);
   const Tensor dk_cmp = gradient_accumulator(k_cmp, grad_mask[1]),
                dv_cmp = gradient_accumulator(v_cmp, grad_mask[2]);
   const Tensor dk_slc = gradient_accumulator(k_slc, grad_mask[3]),
                dv_slc = gradient_accumulator(v_slc, grad_mask[4]);
   const Tensor dk_swa = gradient_accumulator(k_swa, grad_mask[5]),
                dv_swa = gradient_accumulator(v_swa, grad_mask[6]);
-  const Tensor d_gate_logits = empty_if(grad_mask[7], gate_logits);
+  const Tensor d_gate_logits = empty_gradient(gate_logits, grad_mask[7]);
+  Tensor dq;
 
-  if (!q.is_meta()) {
+  if (q.is_meta()) {
+    dq = empty_gradient(q, grad_mask[0]);
+  } else {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     std::array<BranchGrads, kNumBranches> branches;
     const std::array<std::array<Tensor, 3>, kNumBranches> wanted = {
@@ -208,11 +204,15 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
     const int32_t* end_token = end_on_device(q, call.batch);
-    if (d_gate_logits.defined() && end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
+    if (end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
     const Tensor d_o_rows = as_rows(d_o);
+    // The branches add to one dQ in turn (QueryGrads).
+    Tensor dq_sum;
+    if (grad_mask[0]) dq_sum = at::empty(q.sizes(), q.options().dtype(acc_dtype(q.scalar_type())));
     for (int b = 0; b < kNumBranches; ++b) {
       BranchGrads& grads = branches[b];
-      grads.dq = dq;
+      grads.dq_sum = dq_sum;
+      grads.dq_begun = b > 0;
       grads.dk = wanted[b][1];
       grads.dv = wanted[b][2];
       if (!grads.wanted()) continue;
@@ -227,7 +227,11 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     }
     banded_backward(call, k_cmp, v_cmp, config.compressed(), 0, branches[0]);
     selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);
+    // Not allocated before it is written: the workspace of the selected branch is gone by then.
+    if (grad_mask[0]) dq = dq_sum.scalar_type() == q.scalar_type() ? dq_sum : empty_gradient(q, true);
+    branches[2].dq = dq;
     banded_backward(call, k_swa, v_swa, KeyBlocks{}, window_size, branches[2]);
+    fill_padding(dq, call.batch, 0);
   }
   return {finished_gradient(dq, q),         finished_gradient(dk_cmp, k_cmp),
           finished_gradient(dv_cmp, v_cmp), finished_gradient(dk_slc, k_slc),

@@ -107,7 +107,7 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
   checks.lse({"lse", lse}, q);
 
   BranchGrads grads;
-  grads.dq = gradient_accumulator(q, mask[0]);
+  grads.dq = empty_gradient(q, mask[0]);
   grads.dk = gradient_accumulator(k, mask[1]);
   grads.dv = gradient_accumulator(v, mask[2]);
   if (!q.is_meta() && grads.wanted()) {
@@ -116,6 +116,7 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
     banded_backward(call, k, v, band.keys, band.window, grads);
+    fill_padding(grads.dq, call.batch, 0);
   }
   return {finished_gradient(grads.dq, q), finished_gradient(grads.dk, k), finished_gradient(grads.dv, v)};
 }

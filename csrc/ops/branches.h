@@ -60,13 +60,18 @@ struct BranchGrads {
   at::Tensor d_o;        // as_rows
   at::Tensor d_o_scale;  // or undefined
   at::Tensor delta, lse;
-  at::Tensor dq, dk, dv;  // accumulators, or undefined
+  at::Tensor dq_sum, dq;  // of QueryGrads, or undefined
+  bool dq_begun = false;
+  at::Tensor dk, dv;  // accumulators, or undefined
 
-  bool wanted() const { return dq.defined() || dk.defined() || dv.defined(); }
+  bool wanted() const { return dq_sum.defined() || dq.defined() || dk.defined() || dv.defined(); }
   AttentionGrads params() const {
-    return {rows_view(d_o),       const_pointer(d_o_scale),
-            const_pointer(delta), const_pointer(lse),
-            pointer(dq),          pointer(dk),
+    return {rows_view(d_o),
+            const_pointer(d_o_scale),
+            const_pointer(delta),
+            const_pointer(lse),
+            {pointer(dq_sum), pointer(dq), dq_begun},
+            pointer(dk),
             pointer(dv)};
   }
 };

@@ -129,7 +129,7 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
   checks.lse({"lse", lse}, q);
 
   BranchGrads grads;
-  grads.dq = gradient_accumulator(q, grad_mask[0]);
+  grads.dq = empty_gradient(q, grad_mask[0]);
   grads.dk = gradient_accumulator(k, grad_mask[1]);
   grads.dv = gradient_accumulator(v, grad_mask[2]);
   if (!q.is_meta() && grads.wanted()) {
@@ -138,6 +138,7 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
     selected_backward(call, k, v, block_indices, block_size, grads);
+    fill_padding(grads.dq, call.batch, 0);
   }
   return {finished_gradient(grads.dq, q), finished_gradient(grads.dk, k), finished_gradient(grads.dv, v)};
 }

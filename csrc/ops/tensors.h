@@ -53,33 +53,34 @@ inline RowsView rows_view(const at::Tensor& t) { return {t.const_data_ptr(), t.s
 inline void* pointer(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 inline const void* const_pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
-// A zeroed accumulator for the gradient of `input`; undefined (a null pointer) if it is not wanted.
+// Where the gradient of `input` will be written, and as an accumulator that is added to; undefined (a null
+// pointer) if it is not wanted.
+inline at::Tensor empty_gradient(const at::Tensor& input, bool wanted) {
+  return wanted ? at::empty_symint(input.sym_sizes(), input.options()) : at::Tensor();
+}
 inline at::Tensor gradient_accumulator(const at::Tensor& input, bool wanted) {
   if (!wanted) return {};
   return at::zeros_symint(input.sym_sizes(), input.options().dtype(acc_dtype(input.scalar_type())));
 }
 
-// The gradient in the dtype of its input; empty if it is not wanted.
-inline at::Tensor finished_gradient(const at::Tensor& accumulator, const at::Tensor& input) {
-  return accumulator.defined() ? accumulator.to(input.scalar_type()) : at::empty({0}, input.options());
+// What an operator returns for them: the gradient in the dtype of its input; empty if it is not wanted.
+inline at::Tensor finished_gradient(const at::Tensor& gradient, const at::Tensor& input) {
+  return gradient.defined() ? gradient.to(input.scalar_type()) : at::empty({0}, input.options());
 }
 
 // The packed batch as kernels see it, with the tensors behind its pointers.
 struct Batch {
   at::Tensor cu_seqlens_q, cu_seqlens_k;
   SequenceBatch seqs;
-  // Rows of q behind the last sequence, which no attention kernel writes, start here. Where the offsets are
-  // not on the host this is not known: rows_q = T and padding_begin = 0, so everything is filled and every
-  // row is visited.
+  // Rows of q before those behind the last sequence; T where the offsets are not on the host.
   int64_t rows_q = 0;
-  int64_t padding_begin = 0;
 
   bool empty() const { return seqs.batch == 0 || rows_q == 0; }
 };
 
 inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
   Batch batch;
-  batch.seqs.total_q = batch.rows_q = batch.padding_begin = q.size(0);
+  batch.seqs.total_q = batch.rows_q = q.size(0);
   batch.seqs.max_seqlen_q = args.max_seqlen_q.expect_int();
   batch.seqs.max_seqlen_k = args.max_seqlen_k.expect_int();
   if (!args.cu_seqlens_q.has_value()) return batch;
@@ -88,9 +89,8 @@ inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
   batch.seqs.cu_seqlens_q = batch.cu_seqlens_q.const_data_ptr<int32_t>();
   batch.seqs.cu_seqlens_k = batch.cu_seqlens_k.const_data_ptr<int32_t>();
   batch.seqs.batch = batch.cu_seqlens_q.numel() - 1;
-  batch.padding_begin = 0;
   if (!batch.cu_seqlens_q.is_cpu()) return batch;
-  batch.rows_q = batch.padding_begin = batch.seqs.cu_seqlens_q[batch.seqs.batch];
+  batch.rows_q = batch.seqs.cu_seqlens_q[batch.seqs.batch];
   // Any upper bound is legal, but scratch memory follows it: use the true one where it is known.
   batch.seqs.max_seqlen_q = batch.seqs.max_seqlen_k = 0;
   for (int64_t b = 0; b < batch.seqs.batch; ++b) {
@@ -101,10 +101,8 @@ inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
   return batch;
 }
 
-// Gives the rows behind the last sequence the value that the specification wants there.
-inline void fill_padding(const at::Tensor& t, const Batch& batch, double value) {
-  if (batch.padding_begin < t.size(0))
-    t.narrow(0, batch.padding_begin, t.size(0) - batch.padding_begin).fill_(value);
-}
+// Gives the rows behind the last sequence, which attention kernels need not write, the value that the
+// specification wants there. t: a row for each of q, contiguous, or undefined.
+void fill_padding(const at::Tensor& t, const Batch& batch, double value);
 
 }  // namespace nsa::ops

@@ -1,6 +1,7 @@
 // Runs one attention kernel forward and backward on hostile memory and compares it with the naive loops.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -115,9 +116,9 @@ struct AttentionProblem {
     }
     const NaiveBackward exact = naive_backward(batch, heads, keys, scale, q, k, v, d_o, factors, forward);
 
-    Guarded<Acc<T>> dq(rows * heads.dim_qk), dk(k.rows() * heads.kv * heads.dim_qk),
-        dv(v.rows() * heads.kv * heads.dim_v);
-    dq.fill(0);
+    Guarded<T> dq(rows * heads.dim_qk);
+    Guarded<Acc<T>> dk(k.rows() * heads.kv * heads.dim_qk), dv(v.rows() * heads.kv * heads.dim_v);
+    fill_rows_of_no_query(dq, heads.dim_qk, 0);
     dk.fill(0);
     dv.fill(0);
     BwdParams p = common<BwdParams>();
@@ -125,17 +126,45 @@ struct AttentionProblem {
     p.grads.d_o_scale = scaled ? factor.data() : nullptr;
     p.grads.delta = delta.data();
     p.grads.lse = lse.data();
-    p.grads.dq = wanted & 1 ? dq.data() : nullptr;
+    if (wanted & 1) p.grads.dq.result = dq.data();
     p.grads.dk = wanted & 2 ? dk.data() : nullptr;
     p.grads.dv = wanted & 4 ? dv.data() : nullptr;
     const nsa::Status status = launch(p);
     if (!status.ok()) return status.message;
     if (!dq.intact() || !dk.intact() || !dv.intact()) return "wrote in front of a gradient";
     std::string wrong;
-    if (wanted & 1) wrong += mismatch("dq", dq.values(), exact.dq, allowed);
+    const double allowed_rounded = std::max(allowed, bound<T, Acc<T>>());
+    if (wanted & 1) wrong += mismatch("dq", dq.values(), exact.dq, allowed_rounded);
     if (wanted & 2) wrong += mismatch("dk", dk.values(), exact.dk, allowed);
     if (wanted & 4) wrong += mismatch("dv", dv.values(), exact.dv, allowed);
-    return wrong;
+    if (!wrong.empty() || !(wanted & 1)) return wrong;
+
+    // dQ as that of three branches that add to one sum in turn.
+    p.grads.dk = p.grads.dv = nullptr;
+    Guarded<Acc<T>> sum(dq.size());
+    fill_rows_of_no_query(sum, heads.dim_qk, 0);
+    const auto times = [&](double n) {
+      std::vector<double> values = exact.dq;
+      for (double& x : values) x *= n;
+      return values;
+    };
+    p.grads.dq = {sum.data(), nullptr, false};
+    if (!launch(p).ok()) return "no dq of the first branch";
+    wrong += mismatch("dq of the first branch", sum.values(), exact.dq, allowed);
+    p.grads.dq.begun = true;
+    if (!launch(p).ok()) return "no dq of a second branch";
+    wrong += mismatch("dq of two branches", sum.values(), times(2), allowed);
+    if constexpr (std::is_same_v<T, Acc<T>>) {
+      p.grads.dq.result = sum.data();
+    } else {
+      dq.fill(std::numeric_limits<double>::quiet_NaN());
+      fill_rows_of_no_query(dq, heads.dim_qk, 0);
+      p.grads.dq.result = dq.data();
+    }
+    if (!launch(p).ok()) return "no dq of the last branch";
+    if (!sum.intact() || !dq.intact()) return "wrote in front of a gradient";
+    const std::vector<double> last = std::is_same_v<T, Acc<T>> ? sum.values() : dq.values();
+    return wrong + mismatch("dq of three branches", last, times(3), allowed_rounded);
   }
 };
 

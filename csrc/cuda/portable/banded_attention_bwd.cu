@@ -9,6 +9,7 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
+#include "cuda/tile/gradient_store.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
@@ -236,7 +237,6 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads)
             last_position = position_of(tile.seq, tile.begin + tile.count - 1);
   const int lo = static_cast<int>(min64(p.keys.begin_visible(first_position, p.window), num_keys));
   const int hi = static_cast<int>(min64(p.keys.end_visible(last_position), num_keys));
-  if (lo >= hi) return;
 
   const auto query_row = [&](const RowsView& view, int row) -> const T* {
     const int token = row / group;
@@ -329,10 +329,10 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads)
   }
 #pragma unroll
   for (int s = 0; s < kSlabs; ++s) {
-    write_rows(dq[s], scale, true, lane, [&](int slab_row) -> float* {
-      const int64_t at = row_number[s][slab_row >= 8];
-      return at < 0 ? nullptr : static_cast<float*>(p.grads.dq) + at * kDimQK;
-    });
+    int64_t at[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) at[h] = row_number[s][h] < 0 ? -1 : row_number[s][h] * kDimQK;
+    put_query_grads<T, false, 32>(p.grads.dq, reinterpret_cast<float(&)[kDimQK / 2]>(dq[s]), scale, at, lane);
   }
 }
 
@@ -371,7 +371,7 @@ Status launch_backward(const BandedAttentionBwdParams& p, const Stream& stream) 
     if (want_v && status.ok()) status = launch_keys<T, kDimQK, kDimV, false, true>(p, parts, stream);
   }
   if (status.ok() && (want_k || want_v)) status = launch_sum(p, parts, stream);
-  if (!status.ok() || p.grads.dq == nullptr) return status;
+  if (!status.ok() || !p.grads.dq.wanted()) return status;
   const int64_t num_tiles = num_sequence_tiles(p.seqs, Layout::kRows / group);
   return launch("banded_attention_bwd_queries_portable",
                 banded_attention_bwd_queries_portable<T, kDimQK, kDimV>,

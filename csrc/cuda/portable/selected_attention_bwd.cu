@@ -11,6 +11,7 @@
 #include "cuda/portable/selected_tile.cuh"
 #include "cuda/portable/types.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/tile/gradient_store.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::portable {
@@ -323,17 +324,10 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV, kKeys>::kThreads)
     if (lane == 0) ptx::barrier_arrive(empty(stage));
   }
 
+  int64_t at[2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (out_row[h] < 0) continue;
-    float* row = static_cast<float*>(p.grads.dq) + out_row[h] * kDimQK + (lane & 3) * 2;
-#pragma unroll
-    for (int d = 0; d < kDimQK / 8; ++d) {
-      float2* at = reinterpret_cast<float2*>(row + d * 8);
-      const float2 old = *at;
-      *at = make_float2(fmaf(scale, dq[0][d][2 * h], old.x), fmaf(scale, dq[0][d][2 * h + 1], old.y));
-    }
-  }
+  for (int h = 0; h < 2; ++h) at[h] = out_row[h] < 0 ? -1 : out_row[h] * kDimQK;
+  put_query_grads<T, false, 32>(p.grads.dq, reinterpret_cast<float(&)[kDimQK / 2]>(dq[0]), scale, at, lane);
 }
 
 template <int kDimQK, int kDimV>
@@ -418,7 +412,7 @@ Status launch_backward(const Params& p, const Stream& stream) {
       status = launch_keys<T, kDimQK, kDimV, 32>(p, stream);
     }
   }
-  if (!status.ok() || p.grads.dq == nullptr) return status;
+  if (!status.ok() || !p.grads.dq.wanted()) return status;
   constexpr int kKeys = SelectedQueriesConfig<kDimQK, kDimV>::kKeys;
   if constexpr (kKeys == 64) {
     if (p.block_size < 64) return launch_queries<T, kDimQK, kDimV, 32>(p, stream);

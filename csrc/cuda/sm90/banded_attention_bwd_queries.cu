@@ -7,6 +7,7 @@
 // dQ += dS K. The producer warp brings Q and dO of an item and the key tiles.
 #include "cuda/sm90/banded_attention_bwd.h"
 #include "cuda/sm90/launch.h"
+#include "cuda/tile/gradient_store.cuh"
 
 namespace nsa::cuda::sm90 {
 namespace {
@@ -52,8 +53,9 @@ struct Schedule {
   int num_tiles, heads, tokens, keys;
   int round = 0;
 
-  // False: there is no further item. Those of no token or no key are skipped. first_key_row, seen_hi: of the
-  // sequence, behind the last key that any of its queries sees.
+  // By one warp. False: there is no further item. Those of no token are skipped, and those of no key finished
+  // at once. first_key_row, seen_hi: of the sequence, behind the last key that any of its queries sees.
+  template <typename T, int kDimQK>
   __device__ __forceinline__ bool next(const BandedAttentionBwdParams& p, Item* item, int* first_key_row,
                                        int* seen_hi) {
     const int total = num_tiles * heads, blocks = gridDim.x, block = blockIdx.x;
@@ -71,7 +73,13 @@ struct Schedule {
       item->head = k % heads;
       item->lo = static_cast<int>(min64(p.keys.begin_visible(position, p.window), num_keys));
       item->hi = static_cast<int>(min64(p.keys.end_visible(position + tile.count - 1), num_keys));
-      if (item->lo >= item->hi) continue;
+      if (item->lo >= item->hi) {
+        for (int i = 0; i < item->tokens; ++i) {
+          const int64_t row = (item->row + i) * p.shape.num_heads_q + item->head * p.shape.group();
+          put_no_query_grads<T>(p.grads.dq, row * kDimQK, p.shape.group() * kDimQK, threadIdx.x & 31);
+        }
+        continue;
+      }
       item->num_tiles = (item->hi - item->lo + keys - 1) / keys;
       *first_key_row = static_cast<int>(p.keys.first_row(tile.seq.k_begin));
       *seen_hi = static_cast<int>(num_keys);
@@ -81,7 +89,7 @@ struct Schedule {
   }
 };
 
-template <int kDimQK, int kDimV>
+template <typename T, int kDimQK, int kDimV>
 __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const BandedBwdMaps& maps,
                                         Schedule schedule, const uint32_t base, unsigned char* shared) {
   using Layout = QueriesLayout<kDimQK, kDimV>;
@@ -99,7 +107,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
     ++count;
   };
 #pragma unroll 1
-  while (schedule.next(p, &item, &first_key_row, &seen_hi)) {
+  while (schedule.next<T, kDimQK>(p, &item, &first_key_row, &seen_hi)) {
 #pragma unroll 1
     for (int i = 0; i < item.num_tiles; ++i) {
       const int begin = item.lo + i * kKeys;
@@ -275,11 +283,13 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
         run_tile.template operator()<true>(i + 1 == num_tiles);
       }
     }
-    const auto row_of = [&](int h) {
-      const int64_t at = row_number(p, item, consumer * part, row0 + 8 * h);
-      return at < 0 ? nullptr : static_cast<float*>(p.grads.dq) + at * kDimQK;
-    };
-    write_accumulator(dq, static_cast<float>(p.softmax_scale), true, row_of(0), row_of(1), lane);
+    int64_t at[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = row_number(p, item, consumer * part, row0 + 8 * h);
+      at[h] = row < 0 ? -1 : row * kDimQK;
+    }
+    put_query_grads<T, true, kDimQK>(p.grads.dq, dq, static_cast<float>(p.softmax_scale), at, lane);
   }
 }
 
@@ -312,7 +322,7 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
-    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, schedule, base, shared);
+    if (threadIdx.x % 128 < 32) produce<T, kDimQK, kDimV>(p, maps, schedule, base, shared);
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV>(p, base, shared, warpgroup);
@@ -343,7 +353,7 @@ bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& 
   if (p.shape.group() > (p.shape.head_dim_qk > 128 ? 32 : 64)) return false;
   const bool want_keys = p.grads.dk != nullptr || p.grads.dv != nullptr;
   if (want_keys && !banded_attention_bwd_keys(p, stream, status)) return false;
-  if (p.grads.dq == nullptr || (want_keys && !status->ok())) return true;
+  if (!p.grads.dq.wanted() || (want_keys && !status->ok())) return true;
   return banded_attention_bwd_queries(p, stream, status);
 }
 

@@ -26,7 +26,7 @@ struct Workspace {
         lists(p, plan, &bytes),
         partials(carve<float>(
             p.workspace, plan.max_partials * kKeyTile * (p.shape.head_dim_qk + p.shape.head_dim_v), &bytes)) {
-    if (p.grads.dq == nullptr) return;
+    if (!p.grads.dq.wanted()) return;
     const int64_t tokens = min64(plan.chunk_tokens, p.seqs.total_q);
     ds.data = carve<uint4>(p.workspace, ds.tokens_to_slabs(tokens) * ScoreGrads::kVectors, &bytes);
   }
@@ -62,7 +62,7 @@ bool selected_attention_backward(const Params& p, const Stream& stream, Status* 
     // A tensor suits TMA in all chunks or in none, so nothing has been added where this returns false.
     if (!selected_attention_bwd_keys(p, chunk, stream, status)) return false;
     if (status->ok()) *status = add_partials(p, plan, lists, i, workspace.partials, stream);
-    if (!status->ok() || p.grads.dq == nullptr) continue;
+    if (!status->ok() || !p.grads.dq.wanted()) continue;
     if (!selected_attention_bwd_queries(p, chunk, stream, status)) return false;
   }
   return true;

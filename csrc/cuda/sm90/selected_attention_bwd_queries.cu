@@ -300,11 +300,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(address(barriers.plan_empty[round & 1]));
-    if (any) {
+    const QueryGrads& out = p.grads.dq;
+    const bool unchanged = !any && out.begun && out.result == nullptr;
+    if (tile.first + token < work.chunk.num_rows && !unchanged) {
       const int64_t row = (work.chunk.first_row + tile.first + token) * p.shape.num_heads_q +
                           tile.head * group + slab * kSlabRows;
-      put_slab<true>(dq, static_cast<float>(p.softmax_scale), static_cast<float*>(p.grads.dq) + row * kDim,
-                     kDim, group - slab * kSlabRows, lane);
+      int64_t at[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int slab_row = lane / 4 + 8 * h;
+        at[h] = slab * kSlabRows + slab_row < group ? (row + slab_row) * kDim : -1;
+      }
+      put_query_grads<T, true, 32>(out, dq, static_cast<float>(p.softmax_scale), at, lane);
     }
   }
 }

@@ -30,7 +30,7 @@ std::vector<T> stored(const Guarded<BF16>& memory) {
 template <typename T>
 constexpr bool kIsHalf = std::is_same_v<T, __half>;
 
-// One problem on the device; the gradients start at kBefore, since kernels add.
+// One problem on the device; dk and dv start at kBefore, since kernels add.
 template <typename T>
 class DeviceProblem {
  public:
@@ -69,16 +69,26 @@ class DeviceProblem {
   }
 
   struct Gradients {
-    std::vector<float> dq, dk, dv;
+    std::vector<float> dq, dk, dv;  // dq: of `branches` equal ones
     std::string error;
     bool operator==(const Gradients&) const = default;
   };
 
-  Gradients run(unsigned wanted) const {
+  // branches: 1 writes dq at once; more add to one sum in turn, of which the last one makes dq. 0: the sum of
+  // one, not rounded.
+  Gradients run(unsigned wanted, int branches = 1) const {
     const Batch& batch = problem_.batch;
     const Heads& heads = problem_.heads;
     const auto before = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size), kBefore); };
-    const DeviceArray<float> dq(before(batch.total_q() * heads.q * heads.dim_qk));
+    // NaN, but for the padding, which the caller fills.
+    const int64_t size_q = batch.total_q() * heads.q * heads.dim_qk;
+    std::vector<float> nan_q(static_cast<size_t>(size_q), std::nanf(""));
+    if (batch.offsets)
+      std::fill(nan_q.begin() + int64_t{batch.cu_q.back()} * heads.q * heads.dim_qk, nan_q.end(), 0.f);
+    const DeviceArray<float> sum(nan_q);
+    std::vector<T> nan_result;
+    for (const float x : nan_q) nan_result.push_back(static_cast<T>(x));
+    const DeviceArray<T> dq(nan_result);
     const DeviceArray<float> dk(before(problem_.k.rows() * heads.kv * heads.dim_qk));
     const DeviceArray<float> dv(before(problem_.v.rows() * heads.kv * heads.dim_v));
     auto p = problem_.template common<nsa::BandedAttentionBwdParams>();
@@ -96,16 +106,25 @@ class DeviceProblem {
     p.grads.d_o_scale = factors_.empty() ? nullptr : factor_->data;
     p.grads.delta = delta_->data;
     p.grads.lse = lse_->data;
-    p.grads.dq = wanted & 1 ? dq.data : nullptr;
     p.grads.dk = wanted & 2 ? dk.data : nullptr;
     p.grads.dv = wanted & 4 ? dv.data : nullptr;
     // NaN in the workspace: what is read there must have been written before.
     const DeviceArray<float> workspace(
         std::vector<float>(static_cast<size_t>(nsa::cuda::workspace_bytes(p) / 4), std::nanf("")));
     p.workspace = workspace.data;
-    const nsa::Status status = nsa::cuda::banded_attention_backward(p, {});
+    nsa::Status status;
+    for (int b = 0; b < std::max(1, branches) && status.ok(); ++b) {
+      if (wanted & 1) {
+        p.grads.dq = {branches == 1 ? nullptr : sum.data, b + 1 == branches ? dq.data : nullptr, b > 0};
+      }
+      status = nsa::cuda::banded_attention_backward(p, {});
+    }
     const cudaError_t error = cudaDeviceSynchronize();
-    Gradients out{dq.host(), dk.host(), dv.host(), status.ok() ? "" : status.message};
+    Gradients out{branches == 0 ? sum.host() : std::vector<float>{}, dk.host(), dv.host(),
+                  status.ok() ? "" : status.message};
+    if (branches > 0) {
+      for (const T x : dq.host()) out.dq.push_back(static_cast<float>(x));
+    }
     if (error != cudaSuccess) out.error = cudaGetErrorString(error);
     return out;
   }
@@ -117,18 +136,32 @@ class DeviceProblem {
     const Gradients actual = run(wanted);
     if (!actual.error.empty()) return actual.error;
     if (wanted == 7 && run(wanted) != actual) return "differs from run to run";
-    return compare("dq", actual.dq, exact.dq, wanted & 1) + compare("dk", actual.dk, exact.dk, wanted & 2) +
-           compare("dv", actual.dv, exact.dv, wanted & 4);
+    std::string wrong = compare("dk", change(actual.dk), exact.dk, wanted & 2) +
+                        compare("dv", change(actual.dv), exact.dv, wanted & 4);
+    if (!(wanted & 1)) return wrong;
+    wrong += compare("dq", actual.dq, exact.dq, true);
+    // dq alone: the sum of one, then one of two and of three.
+    for (const int branches : {0, 2, 3}) {
+      const Gradients several = run(1, branches);
+      if (!several.error.empty()) return wrong + several.error;
+      std::vector<double> sum = exact.dq;
+      for (double& x : sum) x *= std::max(1, branches);
+      wrong += compare("dq of several branches", several.dq, sum, true);
+    }
+    return wrong;
   }
 
  private:
   // P and dS are rounded to the storage type; the errors of a sum are a fraction of its largest terms.
   std::string compare(const char* name, const std::vector<float>& actual, std::vector<double> exact,
                       bool wanted) const {
-    std::vector<double> change;
-    for (const float x : actual) change.push_back(static_cast<double>(x) - kBefore);
     if (!wanted) std::fill(exact.begin(), exact.end(), 0.);
-    return mismatch(name, change, exact, kIsHalf<T> ? 0x1p-10 : 0x1p-7);
+    return mismatch(name, std::vector<double>(actual.begin(), actual.end()), exact,
+                    kIsHalf<T> ? 0x1p-10 : 0x1p-7);
+  }
+  static std::vector<float> change(std::vector<float> gradient) {
+    for (float& x : gradient) x -= kBefore;
+    return gradient;
   }
 
   Band band_;

@@ -71,37 +71,47 @@ struct DeviceRows {
   }
 };
 
-// A gradient on the device between canaries; what it held is added to.
+// A gradient on the device between canaries. It begins as the one on the host, plus kBefore where kernels
+// add.
+template <typename T>
 class DeviceGrad {
  public:
-  DeviceGrad(void* host, int64_t size)
-      : host_(static_cast<float*>(host)),
-        size_(static_cast<size_t>(size)),
-        memory_(initial(host != nullptr)) {}
-  float* data() const { return host_ == nullptr ? nullptr : memory_.data + kCanary; }
-  std::vector<float> values() const { return host_ == nullptr ? std::vector<float>{} : memory_.host(); }
-  bool take_back() const {
-    if (host_ == nullptr) return true;
-    const std::vector<float> all = memory_.host();
-    for (size_t i = 0; i < size_; ++i) host_[i] = all[kCanary + i] - 1;
-    return std::count(all.begin(), all.begin() + kCanary, 7.f) == kCanary &&
-           std::count(all.end() - kCanary, all.end(), 7.f) == kCanary;
+  static constexpr T kBefore = 1;
+
+  DeviceGrad(void* host, int64_t size, bool added)
+      : host_(static_cast<T*>(host)),
+        size_(static_cast<size_t>(host == nullptr ? 0 : size)),
+        added_(added),
+        initial_(host_, host_ + size_),
+        memory_(with_canaries()) {}
+  T* data() const { return host_ == nullptr ? nullptr : memory_.data + kCanary; }
+  std::vector<T> values() const {
+    const std::vector<T> all = memory_.host();
+    return {all.begin() + kCanary, all.end() - kCanary};
   }
+  bool take_back() const {
+    const std::vector<T> all = memory_.host();
+    for (size_t i = 0; i < size_; ++i)
+      host_[i] = static_cast<T>(added_ ? all[kCanary + i] - kBefore : all[kCanary + i]);
+    return std::count(all.begin(), all.begin() + kCanary, T{7}) == kCanary &&
+           std::count(all.end() - kCanary, all.end(), T{7}) == kCanary;
+  }
+  void restore() const { std::copy(initial_.begin(), initial_.end(), host_); }
 
  private:
   static constexpr int kCanary = 64;
-  std::vector<float> initial(bool wanted) const {
-    std::vector<float> all(wanted ? size_ + 2 * kCanary : 1, 1.f);
-    if (wanted) {
-      std::fill_n(all.begin(), kCanary, 7.f);
-      std::fill_n(all.end() - kCanary, kCanary, 7.f);
-    }
+  std::vector<T> with_canaries() const {
+    std::vector<T> all(kCanary, T{7});
+    for (const T x : initial_) all.push_back(static_cast<T>(added_ ? x + kBefore : x));
+    all.insert(all.end(), kCanary, T{7});
     return all;
   }
 
-  float* host_;
+  T* host_;
   size_t size_;
-  DeviceArray<float> memory_;
+  bool added_;
+  std::vector<T> initial_;
+  DeviceArray<T> memory_;
 };
 
 std::vector<float> host_floats(const void* data, int64_t size) {
@@ -133,12 +143,16 @@ nsa::Status run_on_device(const SelectedCase& c, const AttentionProblem<BF16>& p
   if (p.grads.d_o_scale != nullptr) p.grads.d_o_scale = factor.data;
   const int64_t size_k = c.batch.total_k() * c.heads.kv * c.heads.dim_qk,
                 size_v = c.batch.total_k() * c.heads.kv * c.heads.dim_v;
-  void* const wanted[] = {p.grads.dq, p.grads.dk, p.grads.dv};
+  const nsa::AttentionGrads wanted = p.grads;
 
   std::vector<float> first[3];
+  std::vector<uint16_t> first_dq;
   for (int run = 0; run < 2; ++run) {
-    const DeviceGrad dq(wanted[0], rows * c.heads.dim_qk), dk(wanted[1], size_k), dv(wanted[2], size_v);
-    p.grads.dq = dq.data(), p.grads.dk = dk.data(), p.grads.dv = dv.data();
+    const DeviceGrad<uint16_t> dq(wanted.dq.result, rows * c.heads.dim_qk, false);
+    const DeviceGrad<float> dq_sum(wanted.dq.sum, rows * c.heads.dim_qk, false);
+    const DeviceGrad<float> dk(wanted.dk, size_k, true), dv(wanted.dv, size_v, true);
+    p.grads.dq.sum = dq_sum.data(), p.grads.dq.result = dq.data();
+    p.grads.dk = dk.data(), p.grads.dv = dv.data();
     const DeviceArray<unsigned char> workspace(
         std::vector<unsigned char>(static_cast<size_t>(nsa::cuda::workspace_bytes(p)) + 1, 0xff));
     p.workspace = workspace.data;
@@ -148,16 +162,26 @@ nsa::Status run_on_device(const SelectedCase& c, const AttentionProblem<BF16>& p
       return nsa::Status::error(nsa::StatusCode::kDeviceError, "%s", cudaGetErrorString(cudaGetLastError()));
     if (workspace.host().back() != 0xff)
       return nsa::Status::error(nsa::StatusCode::kDeviceError, "wrote behind the workspace");
-    const DeviceGrad* grads[] = {&dq, &dk, &dv};
+    const DeviceGrad<float>* grads[] = {&dq_sum, &dk, &dv};
+    bool repeated = true, beside = !dq.take_back();
     for (int i = 0; i < 3; ++i) {
-      if (!grads[i]->take_back())
-        return nsa::Status::error(nsa::StatusCode::kDeviceError, "wrote beside gradient %d", i);
+      beside |= !grads[i]->take_back();
       if (run == 0) {
         first[i] = grads[i]->values();
-      } else if (first[i] != grads[i]->values()) {
-        return nsa::Status::error(nsa::StatusCode::kDeviceError, "gradient %d is not repeated bit by bit", i);
+        grads[i]->restore();
+      } else {
+        repeated &= first[i] == grads[i]->values();
       }
     }
+    if (run == 0) {
+      first_dq = dq.values();
+      dq.restore();
+    } else {
+      repeated &= first_dq == dq.values();
+    }
+    if (beside) return nsa::Status::error(nsa::StatusCode::kDeviceError, "wrote beside a gradient");
+    if (!repeated)
+      return nsa::Status::error(nsa::StatusCode::kDeviceError, "a gradient is not repeated bit by bit");
   }
   return {};
 }
