@@ -3,6 +3,7 @@
 #include "ops/branches.h"
 #include "ops/checks.h"
 #include "ops/gated_combine.h"
+#include "ops/gradients.h"
 #include "ops/ops.h"
 
 namespace nsa::ops {
@@ -184,12 +185,9 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
   checks.lse({"lse_swa", lse_swa}, q);
   checks.block_indices({"block_indices", block_indices}, q, shape);
 
-  const Tensor dk_cmp = gradient_accumulator(k_cmp, grad_mask[1]),
-               dv_cmp = gradient_accumulator(v_cmp, grad_mask[2]);
-  const Tensor dk_slc = gradient_accumulator(k_slc, grad_mask[3]),
-               dv_slc = gradient_accumulator(v_slc, grad_mask[4]);
-  const Tensor dk_swa = gradient_accumulator(k_swa, grad_mask[5]),
-               dv_swa = gradient_accumulator(v_swa, grad_mask[6]);
+  // In the order of the branches, k before v.
+  GradientSums keys({k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa},
+                    std::vector<bool>(grad_mask.begin() + 1, grad_mask.begin() + 7));
   const Tensor d_gate_logits = empty_gradient(gate_logits, grad_mask[7]);
   Tensor dq;
 
@@ -198,8 +196,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
   } else {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     std::array<BranchGrads, kNumBranches> branches;
-    const std::array<std::array<Tensor, 3>, kNumBranches> wanted = {
-        {{lse_cmp, dk_cmp, dv_cmp}, {lse_slc, dk_slc, dv_slc}, {lse_swa, dk_swa, dv_swa}}};
+    const Tensor* const lse[kNumBranches] = {&lse_cmp, &lse_slc, &lse_swa};
     // One pass over dO and the outputs gives all that the branches need of them.
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
@@ -213,10 +210,10 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
       BranchGrads& grads = branches[b];
       grads.dq_sum = dq_sum;
       grads.dq_begun = b > 0;
-      grads.dk = wanted[b][1];
-      grads.dv = wanted[b][2];
+      grads.dk = keys[2 * b];
+      grads.dv = keys[2 * b + 1];
       if (!grads.wanted()) continue;
-      grads.lse = wanted[b][0].contiguous();
+      grads.lse = lse[b]->contiguous();
       grads.d_o = d_o_rows;
       grads.d_o_scale = combine.gates[b] = at::empty_like(grads.lse);
       grads.delta = combine.delta[b] = at::empty_like(grads.lse);
@@ -233,10 +230,15 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     banded_backward(call, k_swa, v_swa, KeyBlocks{}, window_size, branches[2]);
     fill_padding(dq, call.batch, 0);
   }
-  return {finished_gradient(dq, q),         finished_gradient(dk_cmp, k_cmp),
-          finished_gradient(dv_cmp, v_cmp), finished_gradient(dk_slc, k_slc),
-          finished_gradient(dv_slc, v_slc), finished_gradient(dk_swa, k_swa),
-          finished_gradient(dv_swa, v_swa), finished_gradient(d_gate_logits, gate_logits)};
+  const std::vector<Tensor> key_grads = keys.finish();
+  return {finished_gradient(dq, q),
+          key_grads[0],
+          key_grads[1],
+          key_grads[2],
+          key_grads[3],
+          key_grads[4],
+          key_grads[5],
+          finished_gradient(d_gate_logits, gate_logits)};
 }
 
 }  // namespace kernels

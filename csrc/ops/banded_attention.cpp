@@ -3,6 +3,7 @@
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
+#include "ops/gradients.h"
 #include "ops/launch_device.h"
 #include "ops/ops.h"
 
@@ -108,8 +109,9 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
 
   BranchGrads grads;
   grads.dq = empty_gradient(q, mask[0]);
-  grads.dk = gradient_accumulator(k, mask[1]);
-  grads.dv = gradient_accumulator(v, mask[2]);
+  GradientSums keys({k, v}, {mask[1], mask[2]});
+  grads.dk = keys[0];
+  grads.dv = keys[1];
   if (!q.is_meta() && grads.wanted()) {
     const AttentionCall call(names.op, shape, softmax_scale, q, sequences);
     grads.d_o = as_rows(d_o);
@@ -118,7 +120,8 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
     banded_backward(call, k, v, band.keys, band.window, grads);
     fill_padding(grads.dq, call.batch, 0);
   }
-  return {finished_gradient(grads.dq, q), finished_gradient(grads.dk, k), finished_gradient(grads.dv, v)};
+  const std::vector<Tensor> key_grads = keys.finish();
+  return {finished_gradient(grads.dq, q), key_grads[0], key_grads[1]};
 }
 
 struct BandedAttention : torch::autograd::Function<BandedAttention> {

@@ -2,6 +2,7 @@
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
+#include "ops/gradients.h"
 #include "ops/launch_device.h"
 #include "ops/ops.h"
 
@@ -130,8 +131,9 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
 
   BranchGrads grads;
   grads.dq = empty_gradient(q, grad_mask[0]);
-  grads.dk = gradient_accumulator(k, grad_mask[1]);
-  grads.dv = gradient_accumulator(v, grad_mask[2]);
+  GradientSums keys({k, v}, {grad_mask[1], grad_mask[2]});
+  grads.dk = keys[0];
+  grads.dv = keys[1];
   if (!q.is_meta() && grads.wanted()) {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     grads.d_o = as_rows(d_o);
@@ -140,7 +142,8 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
     selected_backward(call, k, v, block_indices, block_size, grads);
     fill_padding(grads.dq, call.batch, 0);
   }
-  return {finished_gradient(grads.dq, q), finished_gradient(grads.dk, k), finished_gradient(grads.dv, v)};
+  const std::vector<Tensor> key_grads = keys.finish();
+  return {finished_gradient(grads.dq, q), key_grads[0], key_grads[1]};
 }
 
 }  // namespace kernels
