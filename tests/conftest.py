@@ -1,6 +1,7 @@
 """Fixtures and markers of every test."""
 
 import os
+from collections.abc import Iterator
 
 # Threads that wait for each other sleep: with spinning ones, thousands of small calls take many times as long
 # as soon as the machine does anything else. Read when torch is loaded, so this comes first.
@@ -44,6 +45,15 @@ def forced_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """The marker `portable` forces the portable CUDA kernels; without it, the best path of the GPU runs."""
     if request.node.get_closest_marker("portable"):
         monkeypatch.setenv("NSA_CUDA_PATH", "portable")
+
+
+@pytest.fixture
+def uninitialized_is_nan() -> Iterator[None]:
+    """Unwritten elements show: deterministic mode fills new tensors with NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=CUDA_PATHS)

@@ -10,6 +10,8 @@ from harness import branch_check, op, run
 from test_compress import check_compress, phi
 from tolerance import finite_max
 
+pytestmark = pytest.mark.usefixtures("uninitialized_is_nan")
+
 BANDS = {"cmp": "compressed_attention", "swa": "sliding_window_attention"}
 
 

@@ -8,6 +8,8 @@ from harness import branch_check, check, exact_lse, op, rows_of_no_query, with_g
 from test_compress import check_compress, phi
 from tolerance import accumulator
 
+pytestmark = pytest.mark.usefixtures("uninitialized_is_nan")
+
 with_gaps = by_case(
     "ragged_with_empty",
     "shorter_than_a_block",
