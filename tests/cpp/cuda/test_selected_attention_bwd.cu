@@ -153,14 +153,16 @@ nsa::Status run_on_device(const SelectedCase& c, const AttentionProblem<BF16>& p
     const DeviceGrad<float> dk(wanted.dk, size_k, true), dv(wanted.dv, size_v, true);
     p.grads.dq.sum = dq_sum.data(), p.grads.dq.result = dq.data();
     p.grads.dk = dk.data(), p.grads.dv = dv.data();
-    const DeviceArray<unsigned char> workspace(
-        std::vector<unsigned char>(static_cast<size_t>(nsa::cuda::workspace_bytes(p)) + 1, 0xff));
+    const DeviceArray<unsigned char> workspace(static_cast<size_t>(nsa::cuda::workspace_bytes(p)) + 1);
+    cudaMemset(workspace.data, 0xff, workspace.size);
     p.workspace = workspace.data;
     const nsa::Status status = nsa::cuda::selected_attention_backward(p, {});
     if (!status.ok()) return status;
     if (cudaDeviceSynchronize() != cudaSuccess)
       return nsa::Status::error(nsa::StatusCode::kDeviceError, "%s", cudaGetErrorString(cudaGetLastError()));
-    if (workspace.host().back() != 0xff)
+    unsigned char behind = 0;
+    cudaMemcpy(&behind, workspace.data + workspace.size - 1, 1, cudaMemcpyDeviceToHost);
+    if (behind != 0xff)
       return nsa::Status::error(nsa::StatusCode::kDeviceError, "wrote behind the workspace");
     const DeviceGrad<float>* grads[] = {&dq_sum, &dk, &dv};
     bool repeated = true, beside = !dq.take_back();
