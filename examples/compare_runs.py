@@ -15,23 +15,21 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
 from demo_report import COLOURS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runtime import load_checkpoint
 
 # What a run is, beside its corpus and its files.
 OPTIONS = (
-    "attention", "context", "batch_size", "accumulation", "steps", "seed", "lr", "compile", "autocast",
-    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+    "attention", "context", "batch_size", "accumulation", "document_bytes", "steps", "warmup", "lr", "seed",
+    "compile", "autocast", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
 )  # fmt: skip
 SERIES = ("loss", "val_loss")  # as [step, seconds of training, value]
 
 
 def load_run(folder: Path) -> dict:
-    """Options, size, curves and speed of a run, from its checkpoint and metrics."""
-    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    """Options, size, curves and speed of a run, from run.json and metrics.jsonl in its folder."""
+    description = json.loads((folder / "run.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     intervals = [record for record in records if "tokens_per_s" in record]
     settled = intervals[len(intervals) // 2 :]
@@ -44,21 +42,19 @@ def load_run(folder: Path) -> dict:
         for name in SERIES
     }
     return {
-        "options": {name: checkpoint["options"][name] for name in OPTIONS},
-        "parameters": sum(t.numel() for t in checkpoint["model"].values()),
+        "machine": description["machine"],
+        "options": {name: description["options"][name] for name in OPTIONS},
+        "parameters": description["parameters"],
+        "corpus_tokens": description["corpus_tokens"],
         "training_tokens": intervals[-1]["tokens"],
         "seconds": intervals[-1]["seconds"],
+        "compile_seconds": next((r["compile_seconds"] for r in records if "compile_seconds" in r), None),
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in settled),
         "peak_bytes": max(
             (record["peak_bytes"] for record in intervals if "peak_bytes" in record), default=None
         ),
         **curves,
     }
-
-
-def machine() -> dict:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__}
 
 
 def print_table(runs: list[dict]) -> None:
@@ -81,7 +77,7 @@ def save_plot(report: dict, path: Path) -> None:
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     by_step, by_time, speed = figure.subplots(1, 3, width_ratios=(3, 3, 1))
     options = runs[0]["options"]
-    figure.suptitle(f"context {options['context']:,}; {report['machine']['device']}", fontsize=10)
+    figure.suptitle(f"context {options['context']:,}; {runs[0]['machine']['device']}", fontsize=10)
     plot_losses(by_step, runs, 0, "step")
     plot_losses(by_time, runs, 1, "seconds of training")
     names = [run["options"]["attention"] for run in runs]
@@ -120,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.source:
         report = json.loads(args.source.read_text())
     else:
-        report = {"machine": machine(), "runs": [load_run(folder) for folder in args.runs]}
+        report = {"runs": [load_run(folder) for folder in args.runs]}
     print_table(report["runs"])
     for path in (args.json, args.plot):
         if path:

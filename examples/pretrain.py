@@ -6,12 +6,14 @@
     --device cuda python examples/pretrain.py --attention nsa --run-dir runs/nsa --resume  after Ctrl-C, bit
     for bit where it stopped
 
-The run folder holds checkpoint.pt, metrics.jsonl (one JSON object per line) and sample.txt.
+The run folder holds checkpoint.pt, run.json (options and machine), metrics.jsonl (one JSON object per line)
+and sample.txt.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from argparse import Namespace
@@ -110,6 +112,8 @@ class Trainer:
             self._restore(load_checkpoint(self.checkpoint_path))
         self.runner = self._wrap()
         self.metrics = Metrics(self.run_dir, self.step, processes.is_main)
+        if processes.is_main:
+            self._describe()
 
     def _claim_run_dir(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -120,8 +124,23 @@ class Trainer:
                 )
             self.checkpoint_path.unlink()
 
+    def _describe(self) -> None:
+        """run.json, for whoever reads the metrics without the checkpoint."""
+        device = self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        description = {
+            "options": vars(self.options),
+            "parameters": self.model.num_parameters(),
+            "corpus_tokens": {"train": len(self.train_text.tokens), "val": len(self.val_text.tokens)},
+            "machine": {"device": name, "torch": torch.__version__},
+        }
+        (self.run_dir / "run.json").write_text(json.dumps(description, indent=1) + "\n")
+
     def _wrap(self) -> nn.Module:
-        runner = torch.compile(self.model) if self.options.compile else self.model
+        if self.options.compile:
+            for layer in self.model.layers:  # one graph serves them all
+                layer.compile(fullgraph=True)
+        runner = self.model
         if self.processes.is_distributed:
             device_ids = [self.processes.device] if self.processes.device.type == "cuda" else None
             runner = DistributedDataParallel(runner, device_ids=device_ids)
@@ -177,6 +196,19 @@ class Trainer:
         with autocast(self.processes.device, self.options.autocast):
             return runner(batch.tokens, batch.positions, packing, batch.targets)
 
+    def compile(self) -> None:
+        """Compiles forward and backward on the next batch, so that no step's time contains it; trains
+        nothing.
+        """
+        started = time.perf_counter()
+        number = self.step * self.options.accumulation * self.processes.world_size + self.processes.rank
+        batch = self.train_text.micro_batch(number, self.options.batch_size, self.options.seed)
+        loss = self.loss(self.runner, batch)
+        loss.backward()
+        self.optimizer.zero_grad()
+        loss.item()
+        self.metrics.write(self.step, compile_seconds=time.perf_counter() - started)
+
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step; returns this process's mean loss, the gradient norm before clipping, and the
         learning rate.
@@ -201,6 +233,7 @@ class Trainer:
         return total, norm, lr
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # few batches do not pay for graphs of their own
     def validate(self) -> float:
         """Mean loss per token over the same part of the validation documents each time."""
         self.model.eval()
@@ -223,6 +256,8 @@ class Trainer:
         shown: dict[str, str] = {}
         if self.step == 0:
             shown["val"] = f"{self.validate():.3f}"
+        if options.compile:
+            self.compile()
         started, logged = time.perf_counter(), self.step
         while self.step < last:
             loss, norm, lr = self.train_step()
@@ -267,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main and not complete:
         print(f"stopped after step {trainer.step}; continue with --resume")
     if processes.is_main and complete and options.sample_tokens:
-        with autocast(processes.device, options.autocast):
+        with autocast(processes.device, options.autocast), torch.compiler.set_stance("force_eager"):
             text = generate(
                 trainer.model.eval(), options.prompt, options.sample_tokens, options.context,
                 options.temperature, options.top_p, options.seed,

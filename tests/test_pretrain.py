@@ -335,8 +335,10 @@ def test_two_processes_equal_accumulation_in_one(arguments, tmp_path):
 def test_compiled_training_follows_the_eager_one(attention, arguments, tmp_path):
     pretrain.main(arguments("eager", "--attention", attention, "--steps", 3, "--sample-tokens", 0))
     pretrain.main(
-        arguments("compiled", "--attention", attention, "--steps", 3, "--sample-tokens", 0, "--compile")
+        arguments("compiled", "--attention", attention, "--steps", 3, "--sample-tokens", 5, "--compile")
     )
+    assert metrics(tmp_path / "compiled", "compile_seconds")[0, "compile_seconds"] > 0
+    assert (tmp_path / "compiled" / "sample.txt").exists()
     eager, compiled = (metrics(tmp_path / name, "loss", "val_loss") for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)
 
@@ -369,6 +371,9 @@ def test_two_runs_are_compared(arguments, tmp_path, capsys):
     for run in runs:
         assert [step for step, _, _ in run["loss"]] == [1, 2, 3, 4]
         assert run["val_loss"][-1][0] == 4 and run["tokens_per_s"] > 0
+        assert run["machine"]["device"] == "cpu" and run["corpus_tokens"]["train"] > 0
+    model, _ = load_model(tmp_path / "nsa")
+    assert runs[0]["parameters"] == model.num_parameters()
     assert str(tmp_path) not in report.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
