@@ -174,6 +174,7 @@ def losses(model: Model, device: str, wrap: Callable, length: int = 300, steps: 
     offsets = torch.tensor([0, length // 3, length // 3, length], dtype=torch.int32, device=device)
     seen = []
     for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
         loss = loss_of(tokens, offsets)
         loss.backward()
         update()
@@ -191,8 +192,8 @@ def test_compiled_training_step(device: str) -> None:
     """
     model = Model(device)
     eager = copy.deepcopy(model)
-    expected = losses(eager, device, lambda fn, whole: fn)
-    actual = losses(model, device, lambda fn, whole: torch.compile(fn, fullgraph=whole))
+    expected = losses(eager, device, lambda fn, is_model: fn)
+    actual = losses(model, device, lambda fn, is_model: torch.compile(fn, fullgraph=is_model))
     assert expected[-1] < expected[0] - 0.3, expected
     for a, b in zip(actual, expected, strict=True):
         assert a == pytest.approx(b, rel=2**-6 if device == "cuda" else 1e-4)
@@ -201,12 +202,17 @@ def test_compiled_training_step(device: str) -> None:
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_compiled_training_step_in_cuda_graphs() -> None:
-    """The same with mode="reduce-overhead", which captures forward, backward and optimiser in CUDA graphs."""
+    """Forward and backward through mode="reduce-overhead", which captures them in CUDA graphs.
+
+    A step with its optimiser in one graph: test_cuda_runtime.py.
+    """
+
+    def wrap(fn: Callable, is_model: bool) -> Callable:
+        return torch.compile(fn, fullgraph=True, mode="reduce-overhead") if is_model else fn
+
     model = Model("cuda")
-    expected = losses(copy.deepcopy(model), "cuda", lambda fn, whole: fn)
-    actual = losses(
-        model, "cuda", lambda fn, whole: torch.compile(fn, fullgraph=whole, mode="reduce-overhead")
-    )
+    expected = losses(copy.deepcopy(model), "cuda", lambda fn, is_model: fn)
+    actual = losses(model, "cuda", wrap)
     for a, b in zip(actual, expected, strict=True):
         assert a == pytest.approx(b, rel=2**-6)
 
