@@ -338,6 +338,7 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(dk);
       ptx::pin_registers(dv);
+      __syncwarp();  // every lane has read the tile's info
       if (lane == 0) {
         ptx::barrier_arrive(address(control.empty[at.slot]));
         ptx::barrier_arrive(address(control.empty[at_do.slot]));
@@ -347,6 +348,7 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
     }
     const int64_t row = (int64_t{item.key_row} + warp * 16) * heads_kv + item.head;
     const int partial = item.partial, rows = item.num_keys - warp * 16;
+    __syncwarp();
     if (lane == 0) ptx::barrier_arrive(address(control.keys_empty));
     if (partial >= 0) {
       float* sums = chunk.partials + (int64_t{partial} * kKeyTile + warp * 16) * (2 * kDim);

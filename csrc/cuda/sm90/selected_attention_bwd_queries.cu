@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (warp == kConsumers) {
         ptx::barrier_wait(address(barriers.plan_full[round & 1]), round / 2 & 1);
         bring_keys<kDim>(work, tile, plan, keys_map, ring, barriers, &stage, &parity, &patches, lane);
+        __syncwarp();
         if (lane == 0) ptx::barrier_arrive(address(barriers.plan_empty[round & 1]));
       } else if (warp == kConsumers + 1) {
         ptx::barrier_wait(address(barriers.plan_empty[round & 1]), (round / 2 & 1) ^ 1);
