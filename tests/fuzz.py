@@ -1,6 +1,7 @@
 """Random shapes of every operator, forward and backward, against the fp64 reference, in bounded time.
 
     python tests/fuzz.py                            500 shapes, on both paths of a GPU, else on the CPU
+    python tests/fuzz.py --jobs 8                   in processes: the reference on the CPU takes the time
     python tests/fuzz.py --device cpu --shapes 50 --seconds 60
     python tests/fuzz.py --seed 1234 --shapes 1     one shape again
 
@@ -14,6 +15,9 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # an installed nsa_ext wins
@@ -114,6 +118,32 @@ def run_shape(seed: int, device: str) -> str | None:
     return None
 
 
+def run_shapes(args: argparse.Namespace) -> Iterator[tuple[int, str | None]]:
+    """(seed, what failed) of every shape that began before the time was over."""
+    last = time.monotonic() + args.seconds
+    seeds = iter(range(args.seed, args.seed + args.shapes))
+    if args.jobs == 1:
+        for seed in seeds:
+            if time.monotonic() > last:
+                return
+            yield seed, run_shape(seed, args.device)
+        return
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    with pool:
+        running: dict = {}
+        while True:
+            while len(running) < args.jobs and time.monotonic() < last:
+                seed = next(seeds, None)
+                if seed is None:
+                    break
+                running[pool.submit(run_shape, seed, args.device)] = seed
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,14 +152,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--shapes", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=540, help="no shape begins later than this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next ones count up")
     args = parser.parse_args()
 
     begin, done, failed = time.monotonic(), 0, []
-    for seed in range(args.seed, args.seed + args.shapes):
-        if time.monotonic() - begin > args.seconds:
-            break
-        failure = run_shape(seed, args.device)
+    for seed, failure in run_shapes(args):
         done += 1
         if failure:
             failed.append(seed)
