@@ -25,6 +25,9 @@ struct Walk {
   KeyTile tile;
   int64_t first;                           // query
   int number, split, head, tokens, steps;  // number: of the key tile
+  // The step that comes first; the walk goes on from the last step to the first. A window's walks are alike,
+  // so blocks of adjacent tiles that begin at multiples of their length read the same rows at the same time.
+  int rotation;
   // The steps that see something of a warpgroup's keys, and those whose rows all see all of them. They are
   // intervals, since positions grow with the steps.
   struct Part {
@@ -43,6 +46,11 @@ __device__ inline Walk describe_walk(const BandedAttentionBwdParams& p, const Ke
   const int64_t first = steps * walk.split / parts.splits;
   walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
   walk.first = walk.tile.query_lo + first * walk.tokens;
+  walk.rotation = 0;
+  if (p.window > 0 && walk.steps > 0) {
+    const int64_t at = walk.first / walk.tokens % walk.steps;
+    walk.rotation = static_cast<int>(at == 0 ? 0 : walk.steps - at);
+  }
 
   const Sequence& seq = walk.tile.seq;
   const Visibility visible(p.keys, p.window);
@@ -120,9 +128,11 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
     }
   };
   RingPosition<kStages> ring;
-  read_stats(0);
+  int step = walk.rotation;
+  read_stats(step);
 #pragma unroll 1
-  for (int step = 0; step < walk.steps; ++step) {
+  for (int count = 0; count < walk.steps; ++count) {
+    const int next = step + 1 < walk.steps ? step + 1 : 0;
     const int64_t query = walk.first + int64_t{step} * walk.tokens;
     const uint32_t full = base + Layout::kFull + 8 * ring.slot;
     const uint32_t q = base + Layout::kQ + ring.slot * kBytesQ, d_o = base + Layout::kO + ring.slot * kBytesO;
@@ -157,7 +167,8 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
       ptx::barrier_arrive(full);
       if (partial) ptx::barrier_arrive(full);
     }
-    if (step + 1 < walk.steps) read_stats(step + 1);
+    read_stats(next);
+    step = next;
     ring.advance();
   }
 }
@@ -268,9 +279,11 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
   for (int i = 0; i < walk.steps; ++i) {
     const int slot = i % kStages;  // a ring position would be two registers more, and spill
     ptx::barrier_wait(base + Layout::kFull + 8 * slot, i / kStages & 1);
-    if (i >= part.whole_from && i < part.whole_to) {
+    int at = i + walk.rotation;
+    at = at < walk.steps ? at : at - walk.steps;
+    if (at >= part.whole_from && at < part.whole_to) {
       run_step.template operator()<false>(slot);
-    } else if (i >= part.seen_from && i < part.seen_to) {
+    } else if (at >= part.seen_from && at < part.seen_to) {
       run_step.template operator()<true>(slot);
     }
     ptx::barrier_arrive_if(base + Layout::kEmpty + 8 * (i % kStages), lane == 0);
