@@ -6,6 +6,7 @@
     python examples/compare_runs.py --from docs/training/8k.json --plot 8k.png
 
 The speed of a run is the median over the logged intervals of its second half, behind compilation and warm-up.
+Runs that shared a GPU have none: --concurrent leaves everything out that depends on time.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def load_run(folder: Path) -> dict:
     }
 
 
+def without_times(run: dict) -> dict:
+    """A run that shared its GPU: what depends on time says nothing about it."""
+    timed = dict.fromkeys(("seconds", "compile_seconds", "tokens_per_s"))
+    return run | timed | {name: [[step, None, value] for step, _, value in run[name]] for name in SERIES}
+
+
 def print_table(runs: list[dict]) -> None:
     rows = {
         "attention": lambda run: run["options"]["attention"],
@@ -64,27 +71,36 @@ def print_table(runs: list[dict]) -> None:
         "training tokens": lambda run: f"{run['training_tokens']:,}",
         "first validation loss": lambda run: f"{run['val_loss'][0][2]:.4f}",
         "last validation loss": lambda run: f"{run['val_loss'][-1][2]:.4f}",
-        "tokens/s": lambda run: f"{run['tokens_per_s']:,.0f}",
-        "peak GiB": lambda run: "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**30:.2f}",
+        "tokens/s": lambda run: shown(run["tokens_per_s"], ",.0f"),
+        "peak GiB": lambda run: shown(run["peak_bytes"] and run["peak_bytes"] / 2**30, ".2f"),
     }
     for label, show in rows.items():
         print(f"{label:>22}" + "".join(f"{show(run):>16}" for run in runs))
 
 
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
 def save_plot(report: dict, path: Path) -> None:
-    """Losses against steps and against time, speed as bars."""
-    runs = report["runs"]
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    by_step, by_time, speed = figure.subplots(1, 3, width_ratios=(3, 3, 1))
-    options = runs[0]["options"]
+    """Losses against steps and, of runs with times, against time, with speed as bars."""
+    runs, options = report["runs"], report["runs"][0]["options"]
+    timed = all(run["tokens_per_s"] is not None for run in runs)
+    figure = Figure(figsize=(15 if timed else 7, 4.5), layout="constrained")
+    by_step, *others = figure.subplots(1, 3, width_ratios=(3, 3, 1)) if timed else (figure.subplots(),)
     figure.suptitle(f"context {options['context']:,}; {runs[0]['machine']['device']}", fontsize=10)
     plot_losses(by_step, runs, 0, "step")
-    plot_losses(by_time, runs, 1, "seconds of training")
-    names = [run["options"]["attention"] for run in runs]
-    bars = speed.bar(names, [run["tokens_per_s"] for run in runs], color=[COLOURS[name] for name in names])
-    speed.bar_label(bars, fmt="{:,.0f}")
-    speed.set(title="tokens/s in training")
+    if timed:
+        plot_losses(others[0], runs, 1, "seconds of training")
+        plot_speed(others[1], runs)
     figure.savefig(path, dpi=120)
+
+
+def plot_speed(axes: Axes, runs: list[dict]) -> None:
+    names = [run["options"]["attention"] for run in runs]
+    bars = axes.bar(names, [run["tokens_per_s"] for run in runs], color=[COLOURS[name] for name in names])
+    axes.bar_label(bars, fmt="{:,.0f}")
+    axes.set(title="tokens/s in training")
 
 
 def plot_losses(axes: Axes, runs: list[dict], column: int, label: str) -> None:
@@ -107,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", type=Path, nargs="*", help="run folders of pretrain.py")
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="an earlier --json instead")
+    parser.add_argument("--concurrent", action="store_true", help="the runs shared a GPU: leave times out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
@@ -116,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.source:
         report = json.loads(args.source.read_text())
     else:
-        report = {"runs": [load_run(folder) for folder in args.runs]}
+        runs = [load_run(folder) for folder in args.runs]
+        report = {"runs": [without_times(run) for run in runs] if args.concurrent else runs}
     print_table(report["runs"])
     for path in (args.json, args.plot):
         if path:

@@ -379,6 +379,8 @@ def test_two_runs_are_compared(arguments, tmp_path, capsys):
     table = capsys.readouterr().out
     compare_runs.main(["--from", str(report)])
     assert capsys.readouterr().out in table
+    compare_runs.main([*folders, "--concurrent", "--json", str(report), "--plot", str(plot)])
+    assert all(run["tokens_per_s"] is None for run in json.loads(report.read_text())["runs"])
 
 
 def test_choice_of_a_token():
