@@ -21,6 +21,12 @@ struct Item {
   int lo, hi, num_tiles;
 };
 
+// What the query rows of an item bring beside q and dO. With g the factor of a row's dO, P g = exp2(scale s -
+// lse): lse in base 2 less the logarithm of g, delta divided by g. Rows of no query have P = 0.
+struct RowStats {
+  float2 lse_delta[kConsumers * kWarpgroupRows];
+};
+
 template <int kDimQK, int kDimV>
 struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   using Config = BandedBwdConfig<kDimQK, kDimV>;
@@ -39,13 +45,14 @@ struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   static constexpr int kBytesO = swizzled_tile_bytes<kDimV>(kWarpgroupRows);
   static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
   static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
-  static constexpr int kQ = 1024;
+  static constexpr int kStats = 1024;
+  static constexpr int kQ = kStats + 1024;
   static constexpr int kO = kQ + kConsumers * kBytesQ;
   static constexpr int kK = kO + kConsumers * kBytesO;
   static constexpr int kV = kK + kStages * kBytesK;
   static constexpr int kBytes = 1024 + kV + kStages * kBytesV;
-  static_assert(kItems % 8 == 0 && kItems + kItemSlots * static_cast<int>(sizeof(Item)) <= kQ &&
-                kBytes <= 232448);
+  static_assert(kItems % 8 == 0 && kItems + kItemSlots * static_cast<int>(sizeof(Item)) <= kStats &&
+                kStats + static_cast<int>(sizeof(RowStats)) <= kQ && kBytes <= 232448);
 };
 
 // The items of one block.
@@ -100,10 +107,28 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
   uint32_t landed_parity = 0;
   int count = 0, first_key_row = 0, seen_hi = 0;  // items so far
   Item item;
+  RowStats& stats = *reinterpret_cast<RowStats*>(shared + Layout::kStats);
   const auto tell_item = [&] {  // when the Q of the last one is used up
 #pragma unroll 1
     for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
     if (lane == 0) items[count % Layout::kItemSlots] = item;
+    __syncwarp();
+    const volatile Item& told = items[count % Layout::kItemSlots];
+#pragma unroll 2
+    for (int i = lane; i < kConsumers * kWarpgroupRows; i += 32) {
+      const int row = i % kWarpgroupRows, token = GroupRows(group).token(row);
+      const int in_item = i / kWarpgroupRows * part + token;
+      const bool valid = token < part && in_item < told.tokens;
+      const int64_t at = told.row * p.shape.num_heads_q +
+                         (told.head * group + in_item * p.shape.num_heads_q + row - token * group);
+      const float factor =
+          valid && p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
+      const float lse = valid ? static_cast<const float*>(p.grads.lse)[at] : -kNegInf;
+      const float delta = valid ? static_cast<const float*>(p.grads.delta)[at] : 0.f;
+      stats.lse_delta[i] =
+          make_float2(lse * kLog2e - __log2f(factor), factor > 0.f ? __fdividef(delta, factor) : 0.f);
+    }
+    __syncwarp();
     ++count;
   };
 #pragma unroll 1
@@ -164,7 +189,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
 
 // What a thread's two rows bring beside q and dO.
 struct RowPair {
-  float lse[2], delta[2], factor[2];  // lse in base 2; factor: d_o_scale
+  float lse[2], delta[2];
   int position[2];
 };
 
@@ -176,19 +201,17 @@ __device__ __forceinline__ int64_t row_number(const BandedAttentionBwdParams& p,
   return (item.row + first_token + token) * p.shape.num_heads_q + item.head * group + row - token * group;
 }
 
-__device__ __forceinline__ RowPair read_rows(const BandedAttentionBwdParams& p, const volatile Item& item,
-                                             int first_token, int row0) {
+__device__ __forceinline__ RowPair read_rows(int group, const volatile Item& item, const RowStats& stats,
+                                             int consumer, int row0) {
   RowPair pair;
+  const int part = kWarpgroupRows / group;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t at = row_number(p, item, first_token, row0 + 8 * h);
-    const bool valid = at >= 0;
-    pair.lse[h] = valid ? static_cast<const float*>(p.grads.lse)[at] * kLog2e : 0.f;
-    pair.delta[h] = valid ? static_cast<const float*>(p.grads.delta)[at] : 0.f;
-    pair.factor[h] =
-        valid && p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
-    pair.position[h] =
-        valid ? item.position + first_token + GroupRows(p.shape.group()).token(row0 + 8 * h) : kNoPosition;
+    const int token = GroupRows(group).token(row0 + 8 * h), in_item = consumer * part + token;
+    const float2 row = stats.lse_delta[consumer * kWarpgroupRows + row0 + 8 * h];
+    pair.lse[h] = row.x;
+    pair.delta[h] = row.y;
+    pair.position[h] = token < part && in_item < item.tokens ? item.position + in_item : kNoPosition;
   }
   return pair;
 }
@@ -211,7 +234,8 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
     ptx::barrier_wait(base + Layout::kFullQ + 8 * consumer, count & 1);
     const volatile Item& item = items[count % Layout::kItemSlots];
     if (item.tokens == 0) break;
-    const RowPair rows = read_rows(p, item, consumer * part, row0);
+    const RowPair rows = read_rows(
+        p.shape.group(), item, *reinterpret_cast<const RowStats*>(shared + Layout::kStats), consumer, row0);
     const int num_tiles = item.num_tiles, hi = item.hi;
     const int oldest = item.position + consumer * part, newest = oldest + part - 1;
     const bool whole_rows = (consumer + 1) * part <= item.tokens;
@@ -220,9 +244,10 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
     if constexpr (Layout::kRowsInRegisters) {
       load_fragments<kDimQK>(q_fragments, q, threadIdx.x / 32 % 4, lane);
       load_fragments<kDimV>(d_o_fragments, d_o, threadIdx.x / 32 % 4, lane);
-      __syncwarp();
-      ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0);
     }
+    __syncwarp();  // all lanes have read before lane 0 says so, here or behind the last tile
+    if constexpr (Layout::kRowsInRegisters)
+      ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0);
     float dq[kDimQK / 2];
 #pragma unroll
     for (float& x : dq) x = 0.f;
@@ -255,8 +280,7 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2) {
         const int h = i / 2 % 2;
-        float x = s[i] * fmaf(dp[i], rows.factor[h], -rows.delta[h]);
-        float y = s[i + 1] * fmaf(dp[i + 1], rows.factor[h], -rows.delta[h]);
+        float x = s[i] * (dp[i] - rows.delta[h]), y = s[i + 1] * (dp[i + 1] - rows.delta[h]);
         if constexpr (kMasked) {  // whatever P and dP are there
           const int key = begin + i / 4 * 8 + (lane & 3) * 2;
           x = key < hi && visible(rows.position[h], visible.end_of(key)) ? x : 0.f;
