@@ -1,12 +1,12 @@
 // Compressed attention and the sliding window, forward, by TMA and wgmma. docs/kernels/banded_attention.md
 // tells the dataflow.
 //
-// Persistent blocks of three warpgroups. The producer
-// (one thread of a warpgroup) walks the work items, a tile of adjacent tokens of one KV head each, longest
-// first, and brings Q, K and V. Two consumer warpgroups own 64 rows each, the heads of the group packed as
-// rows: row r is token r / G, head r % G. Key tiles go from the newest to the oldest. While the tensor cores
-// multiply P V of one tile, the next tile's scores go through the softmax; over the end of an item, the first
-// scores of the next item are multiplied together with the last P V.
+// Persistent blocks. The producer (one thread of a warpgroup) walks the work items, a tile of adjacent tokens
+// of one KV head each, longest first, and brings Q, K and V. Two or three consumer warpgroups own 64 rows
+// each, the heads of the group packed as rows: row r is token r / G, head r % G. Key tiles go from the newest
+// to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through the
+// softmax; over the end of an item, the first scores of the next item are multiplied together with the last P
+// V.
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -305,7 +305,8 @@ __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, in
   }
 }
 
-template <typename T, int kDimQK, int kDimV, typename Layout>
+// kWindow: keys have a lower bound.
+template <typename T, int kDimQK, int kDimV, bool kWindow, typename Layout>
 __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const BandedPlan& plan,
                                         const uint32_t base, unsigned char* shared, const int consumer) {
   constexpr int kKeys = Layout::kKeys;
@@ -357,7 +358,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
       mask_columns<true, kKeys - kEdge, kKeys>(s, end);
       if (begin + kKeys - kEdge > item.safe_hi) mask_columns<true, 0, kKeys - kEdge>(s, end);
     }
-    if (begin < item.safe_lo) {
+    if (kWindow && begin < item.safe_lo) {
       const int lo[2] = {plan.visible.begin(t[0]) - first, plan.visible.begin(t[1]) - first};
       mask_columns<false, 0, kEdge>(s, lo);
       if (begin + kEdge < item.safe_lo) mask_columns<false, kEdge, kKeys>(s, lo);
@@ -370,7 +371,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     const volatile Item& item = item_of(count);
     const int begin = item.bottom + key_tile * kKeys;
     ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
-    if (begin < item.seen_lo || begin + kKeys > item.seen_hi) {
+    if ((kWindow && begin < item.seen_lo) || begin + kKeys > item.seen_hi) {
       clear_unseen_values<kDimV, kKeys>(v_tile(ring), begin, item.seen_lo, item.seen_hi, thread,
                                         1 + consumer);
     }
@@ -442,7 +443,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   }
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys>
+template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
 __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 1)
     banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
                               const __grid_constant__ BandedPlan plan) {
@@ -475,11 +476,11 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
     if (threadIdx.x % 128 == 32) schedule<Layout>(p, plan, base, shared);
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
-    consume<T, kDimQK, kDimV, Layout>(p, plan, base, shared, warpgroup);
+    consume<T, kDimQK, kDimV, kWindow, Layout>(p, plan, base, shared, warpgroup);
   }
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys>
+template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
 bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
   using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
   const int heads = p.shape.num_heads_kv;
@@ -504,7 +505,7 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
                   static_cast<int>(min64(p.window, kMax))};
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
-  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys>,
+  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow>,
                    dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
   return true;
 }
@@ -512,16 +513,12 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
 }  // namespace
 
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
-  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v,
-                          [&]<typename T, int kDimQK, int kDimV>() {
-                            if constexpr (kDimQK > 128) {
-                              return launch_banded<T, kDimQK, kDimV, 128>(p, stream, status);
-                            } else {
-                              if (p.window > 0)
-                                return launch_banded<T, kDimQK, kDimV, 176>(p, stream, status);
-                              return launch_banded<T, kDimQK, kDimV, 128>(p, stream, status);
-                            }
-                          });
+  return dispatch_kernels(
+      p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
+        if (p.window > 0)
+          return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(p, stream, status);
+        return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(p, stream, status);
+      });
 }
 
 }  // namespace nsa::cuda::sm90
