@@ -286,6 +286,22 @@ __device__ __forceinline__ void clear_unseen_values(uint32_t v, int begin, int s
   ptx::named_barrier_sync(barrier, 128);
 }
 
+// Rows of Q behind the whole tokens are never loaded. What an earlier kernel left there must not vote on when
+// the others are rescaled, or two runs would round differently.
+template <int kDimQK, typename Layout>
+__device__ __forceinline__ void clear_idle_rows(uint32_t base, int used, int thread, int consumer) {
+  constexpr int kChunks = kDimQK / 8;
+#pragma unroll 1
+  for (int slot = 0; slot < Layout::kStagesQ; ++slot) {
+    const uint32_t q = base + Layout::kQ + (slot * Layout::kConsumers + consumer) * Layout::kBytesQ;
+#pragma unroll 1
+    for (int i = used * kChunks + thread; i < kWarpgroupRows * kChunks; i += 128)
+      ptx::store_shared_16(q + swizzled_offset(kWarpgroupRows, i / kChunks, i % kChunks), 0, 0, 0, 0);
+  }
+  ptx::async_proxy_fence();
+  ptx::named_barrier_sync(1 + consumer, 128);
+}
+
 template <typename T, int kDimV>
 __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, int group,
                                            const volatile Item& item, const float (&o)[kDimV / 2],
@@ -377,6 +393,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
   };
 
+  clear_idle_rows<kDimQK, Layout>(base, plan.part * plan.group, thread, consumer);
   wait_for_queries(0);
   bool stop = item_of(0).stop;
   if (!stop) {
