@@ -95,10 +95,14 @@ RACES = (
         pairs(
             # plan_full, plan_empty: the plan of a tile.
             ("make_plan", "bring_keys"),
-            ("make_plan", "next_chosen"),
+            ("make_plan", "clear_unseen_keys"),
+            ("make_plan", "next"),
+            ("make_plan", "OwnParts"),
             ("make_plan", "selected_attention_bwd_queries_sm90"),
             # full, empty: zeros in place of keys that no token sees.
-            ("bring_keys", "load_matrices_transposed"),
+            ("store_shared_16", "load_matrices_transposed"),
+            # The flag `issued`.
+            ("bring_keys", "selected_attention_bwd_queries_sm90"),
         ),
     ),
     Races("banded_attention_fwd_sm90", "Hopper banded attention at the ends of its tiles"),

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kTokens = 256;  // rows whose bits are in shared memory together
 constexpr int kWords = kTokens / 32;
+constexpr int kSortThreads = 1024;
 constexpr int kRange = 1024;  // blocks, likewise
 constexpr int kMaxCounts = 512;
 constexpr int kScanThreads = 1024;
@@ -32,59 +33,73 @@ struct Inversion {
 
 // Counts (kScatter: places) the choices of count_tokens rows among kRange blocks.
 template <bool kScatter>
-__global__ void __launch_bounds__(kTokens) selected_blocks_sort(const Inversion x) {
+__global__ void __launch_bounds__(kSortThreads) selected_blocks_sort(const Inversion x) {
   __shared__ uint32_t bits[kWords][kRange];
   __shared__ int before[kRange];  // entries of the rows that came earlier
   __shared__ Choosable choices[kTokens];
   const int head = blockIdx.y, range_begin = blockIdx.z * kRange;
   const int range = static_cast<int>(min64(kRange, x.plan.num_blocks - range_begin));
-  for (int i = threadIdx.x; i < kRange; i += kTokens) {
+  for (int i = threadIdx.x; i < kRange; i += kSortThreads) {
     before[i] = kScatter && i < range ? x.lists.bases[head * x.plan.num_blocks + range_begin + i] +
                                             x.lists.starts[x.start(head, blockIdx.x, range_begin + i)]
                                       : 0;
   }
   for (int part = 0; part < x.plan.count_tokens; part += kTokens) {
     const int64_t first_row = int64_t{blockIdx.x} * x.plan.count_tokens + part;
-    choices[threadIdx.x] = find_choosable(x.seqs, first_row + threadIdx.x, x.block_size, x.plan.num_blocks);
-    for (int i = threadIdx.x; i < kWords * kRange; i += kTokens) (&bits[0][0])[i] = 0;
+    if (threadIdx.x < kTokens) {
+      choices[threadIdx.x] = find_choosable(x.seqs, first_row + threadIdx.x, x.block_size, x.plan.num_blocks);
+    }
+    for (int i = threadIdx.x; i < kWords * kRange; i += kSortThreads) (&bits[0][0])[i] = 0;
     __syncthreads();
+    // Calls visit for every choice, legal or not, whole warps together; local: the block within the range, or
+    // negative.
     const auto for_each = [&](const auto& visit) {
-      for (int i = threadIdx.x; i < kTokens * x.n; i += kTokens) {
+      for (int i = threadIdx.x; i < kTokens * x.n; i += kSortThreads) {
         const int token = i / x.n, slot = i - token * x.n;
         const Choosable choice = choices[token];
-        if (choice.legal == 0) continue;
         const int32_t* row = x.block_indices + ((first_row + token) * x.num_heads_kv + head) * x.n;
-        const int j = row[slot];
-        if (j < 0 || j >= choice.legal) continue;
-        const int local = choice.first + j - range_begin;
-        if (local >= 0 && local < range) visit(token, slot, local, row);
+        int local = -1;
+        if (choice.legal > 0) {
+          const int j = row[slot], block = choice.first + j - range_begin;
+          if (j >= 0 && j < choice.legal && block >= 0 && block < range) local = block;
+        }
+        visit(token, slot, local, row);
       }
     };
     for_each([&](int token, int, int local, const int32_t*) {
-      atomicOr(&bits[token / 32][local], 1u << (token % 32));
+      if (local >= 0) atomicOr(&bits[token / 32][local], 1u << (token % 32));
     });
     __syncthreads();
     if constexpr (kScatter) {
       for_each([&](int token, int slot, int local, const int32_t* row) {
-        for (int i = 0; i < slot; ++i) {
-          if (row[i] == row[slot]) return;
+        if (32 % x.n == 0) {
+          // A row lies in one warp, whose first lane with a block counts.
+          const int lane = threadIdx.x % 32;
+          const unsigned same = __match_any_sync(~0u, local < 0 ? ~lane : local * kTokens + token);
+          if (local < 0 || (same & ((1u << lane) - 1)) != 0) return;
+        } else {
+          if (local < 0) return;
+          for (int i = 0; i < slot; ++i) {
+            if (row[i] == row[slot]) return;
+          }
         }
         int place = before[local] + __popc(bits[token / 32][local] & ((1u << (token % 32)) - 1));
         for (int word = 0; word < token / 32; ++word) place += __popc(bits[word][local]);
-        const uint32_t in_chunk = static_cast<uint32_t>((first_row + token) % x.plan.chunk_tokens);
+        const uint32_t in_chunk = static_cast<uint32_t>(first_row + token) &
+                                  static_cast<uint32_t>(x.plan.chunk_tokens - 1);  // a power of two
         x.lists.entries[head * x.seqs.total_q * x.n + place] = in_chunk | static_cast<uint32_t>(slot)
                                                                               << kEntrySlotShift;
       });
       __syncthreads();
     }
-    for (int i = threadIdx.x; i < range; i += kTokens) {
+    for (int i = threadIdx.x; i < range; i += kSortThreads) {
 #pragma unroll
       for (int word = 0; word < kWords; ++word) before[i] += __popc(bits[word][i]);
     }
     __syncthreads();
   }
   if constexpr (!kScatter) {
-    for (int i = threadIdx.x; i < range; i += kTokens)
+    for (int i = threadIdx.x; i < range; i += kSortThreads)
       x.lists.starts[x.start(head, blockIdx.x, range_begin + i)] = before[i];
   }
 }
@@ -182,7 +197,7 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
   const int64_t begin = chunk * ratio, end = min64(begin + ratio, plan.num_counts);
   const int64_t candidates = x.num_heads_kv * plan.num_blocks * plan.parts;
   WorkItem* items = x.lists.items + chunk * plan.max_items;
-  int total[2] = {0, 0};  // items, partial sums
+  int total[3] = {0, 0, 0};  // items, partial sums, split lists
   for (int64_t i = threadIdx.x; i - threadIdx.x < candidates; i += kScanThreads) {
     const int64_t list = i / plan.parts;
     WorkItem item{};
@@ -197,13 +212,15 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
       if (length > 0) find_keys(x, block, &item);
       if (item.num_keys > 0) pieces = length < 2 * plan.split ? 1 : length / plan.split;
     }
-    int place[2] = {pieces, pieces > 1 ? pieces : 0};
+    int place[3] = {pieces, pieces > 1 ? pieces : 0, pieces > 1 ? 1 : 0};
     block_scan(place, total);
+    if (pieces > 1) x.lists.splits[chunk * plan.max_splits + place[2]] = place[0];
     const int first = item.first;
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int from = static_cast<int>(int64_t{length} * piece / pieces);
+    for (int piece = 0, from = 0; piece < pieces; ++piece) {
+      const int to = static_cast<int>(static_cast<uint32_t>(length) * (piece + 1) / pieces);
       item.first = first + from;
-      item.count = static_cast<int>(int64_t{length} * (piece + 1) / pieces) - from;
+      item.count = to - from;
+      from = to;
       item.partial = pieces > 1 ? place[1] + piece : -1;
       item.followers = pieces > 1 && piece == 0 ? pieces - 1 : 0;
       items[place[0] + piece] = item;
@@ -211,19 +228,19 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
   }
   if (threadIdx.x == 0) {
     x.lists.num_items[chunk] = total[0];
+    x.lists.num_splits[chunk] = total[2];
     for (int pass = 0; pass < kMaxPasses; ++pass) x.lists.tickets[pass * plan.num_chunks + chunk] = 0;
   }
 }
 
-// A thread block takes a share (blockIdx.y) of the rows of every gridDim.x-th split list.
-constexpr int kAddThreads = 256, kAddShares = 4;
+// A thread block takes a share (blockIdx.y) of the sums of every gridDim.x-th split list.
+constexpr int kAddThreads = 256, kAddShares = 16;
 __global__ void __launch_bounds__(kAddThreads)
-    selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* num_items,
-                        const int key_tile, const float* partials) {
+    selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* splits,
+                        const int* num_splits, const int key_tile, const float* partials) {
   const int dim_qk = p.shape.head_dim_qk, dims = dim_qk + p.shape.head_dim_v, columns = dims / 4;
-  for (int i = blockIdx.x; i < *num_items; i += gridDim.x) {
-    const WorkItem item = items[i];
-    if (item.followers == 0) continue;
+  for (int i = blockIdx.x; i < *num_splits; i += gridDim.x) {
+    const WorkItem item = items[splits[i]];
     for (int e = blockIdx.y * kAddThreads + threadIdx.x; e < item.num_keys * columns;
          e += kAddShares * kAddThreads) {
       const int key = e / columns, column = (e - key * columns) * 4;
@@ -232,7 +249,7 @@ __global__ void __launch_bounds__(kAddThreads)
       if (gradient == nullptr) continue;
       const float* partial = partials + (int64_t{item.partial} * key_tile + key) * dims + column;
       float4 sum = *reinterpret_cast<const float4*>(partial);
-#pragma unroll 4
+#pragma unroll 8
       for (int piece = 1; piece <= item.followers; ++piece) {
         partial += int64_t{key_tile} * dims;
         const float4 next = *reinterpret_cast<const float4*>(partial);
@@ -268,6 +285,7 @@ InvertPlan::InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int mo
   while (split > 64 && choices * heads / split < kBackwardItems) split /= 2;
   max_items = parts * heads * (min64(num_blocks, choices) + choices / split);
   max_partials = parts * heads * (choices / split);
+  max_splits = max_partials / 2;
 }
 
 BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& plan, int64_t* bytes) {
@@ -276,7 +294,9 @@ BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& pl
   starts = carve<int>(p.workspace, heads * (plan.num_counts + 1) * plan.num_blocks, bytes);
   bases = carve<int>(p.workspace, heads * plan.num_blocks, bytes);
   items = carve<WorkItem>(p.workspace, plan.num_chunks * plan.max_items, bytes);
+  splits = carve<int>(p.workspace, plan.num_chunks * plan.max_splits, bytes);
   num_items = carve<int>(p.workspace, plan.num_chunks, bytes);
+  num_splits = carve<int>(p.workspace, plan.num_chunks, bytes);
   tickets = carve<int>(p.workspace, kMaxPasses * plan.num_chunks, bytes);
 }
 
@@ -288,7 +308,7 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
   const dim3 sort_grid(static_cast<unsigned>(plan.num_counts), heads,
                        static_cast<unsigned>(ceil_div(plan.num_blocks, kRange)));
   Status status =
-      launch("selected_blocks_sort", selected_blocks_sort<false>, sort_grid, kTokens, 0, stream, x);
+      launch("selected_blocks_sort", selected_blocks_sort<false>, sort_grid, kSortThreads, 0, stream, x);
   if (!status.ok()) return status;
   status =
       launch("selected_blocks_starts", selected_blocks_starts,
@@ -296,7 +316,7 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
   if (!status.ok()) return status;
   status = launch("selected_blocks_bases", selected_blocks_bases, dim3(heads), kScanThreads, 0, stream, x);
   if (!status.ok()) return status;
-  status = launch("selected_blocks_sort", selected_blocks_sort<true>, sort_grid, kTokens, 0, stream, x);
+  status = launch("selected_blocks_sort", selected_blocks_sort<true>, sort_grid, kSortThreads, 0, stream, x);
   if (!status.ok()) return status;
   return launch("selected_blocks_items", selected_blocks_items, dim3(static_cast<unsigned>(plan.num_chunks)),
                 kScanThreads, 0, stream, x);
@@ -306,7 +326,8 @@ Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan,
                     int64_t chunk, const float* partials, const Stream& stream) {
   constexpr unsigned kGrid = 264;
   return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid, kAddShares), kAddThreads, 0, stream,
-                p, lists.items + chunk * plan.max_items, lists.num_items + chunk, plan.key_tile, partials);
+                p, lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
+                lists.num_splits + chunk, plan.key_tile, partials);
 }
 
 }  // namespace nsa::cuda

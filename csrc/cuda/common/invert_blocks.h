@@ -12,8 +12,8 @@ namespace nsa::cuda {
 // round trip through memory per chunk, and what is kept per choice grows with it.
 constexpr int kBackwardChunkTokens = 8192;
 
-// Pieces of work that a chunk is split into at least, if it is large enough: eight for each of 264 workers.
-constexpr int kBackwardItems = 2112;
+// Pieces of work that a chunk is split into at least, if it is large enough: four for each of 264 workers.
+constexpr int kBackwardItems = 1056;
 
 // An entry of a list: a token, counted from the first row of its chunk, and the slot of its row of
 // block_indices (the first one, if the row repeats the block).
@@ -42,7 +42,7 @@ struct InvertPlan {
   int split;            // lists of twice as many entries, or more, are split
   int64_t num_blocks;   // of the batch, unused numbers included
   int64_t num_counts, num_chunks;
-  int64_t max_items, max_partials;  // of a chunk
+  int64_t max_items, max_partials, max_splits;  // of a chunk
 
   InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int most_chunk_tokens = kBackwardChunkTokens);
 };
@@ -53,7 +53,9 @@ struct BlockLists {
   int* starts;        // [Hkv, num_counts + 1, num_blocks]: entries of a block before these rows
   int* bases;         // [Hkv, num_blocks]: where a block begins
   WorkItem* items;    // [num_chunks, max_items]
+  int* splits;        // [num_chunks, max_splits]: the first items of lists that are split
   int* num_items;     // [num_chunks]
+  int* num_splits;    // [num_chunks]
   int* tickets;       // [kMaxPasses, num_chunks]: zeroed, for those who take items
 
   // Where the lists lie in a workspace; *bytes is advanced past them.

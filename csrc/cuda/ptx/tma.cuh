@@ -29,6 +29,15 @@ __device__ __forceinline__ void bulk_load_4d(uint32_t shared, const CUtensorMap*
       : "memory");
 }
 
+// PTX: cp.async.bulk: `bytes` (a multiple of 16) from an address that is one too.
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t barrier,
+                                          uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // PTX: fence.proxy.async: what this thread wrote to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -29,6 +29,17 @@ struct ScoreGrads {
   }
 };
 
+// Per row of q, in the order of the heads of a group padded to whole slabs, [T + 1, Hkv, rows of a token]:
+// {lse * log2(e) - log2(g), delta / g}. Padding and the token behind the last one have probabilities of zero.
+struct RowStats {
+  float2* data;
+  int heads_kv, token_rows;
+
+  __host__ __device__ int64_t index(int64_t token, int head) const {
+    return (token * heads_kv + head) * token_rows;
+  }
+};
+
 struct SelectedBwdChunk {
   const uint32_t* entries;
   const WorkItem* items;
@@ -37,6 +48,7 @@ struct SelectedBwdChunk {
   int64_t first_row, num_rows;
   int64_t num_blocks;  // of the batch
   float* partials;
+  RowStats stats;
   ScoreGrads ds;  // data is null if nobody wants dQ
 };
 

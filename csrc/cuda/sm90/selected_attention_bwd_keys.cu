@@ -31,7 +31,7 @@ constexpr int kSlabs = kTileRows / kSlabRows;
 
 // Beside a tile of Q and dO.
 struct alignas(16) TileInfo {
-  float2 rows[kTileRows];  // {lse * log2(e) - log2(g), delta / g}
+  float2 rows[kTileRows];  // see RowStats
   int seen[kSlabs];        // keys that the slab's token sees
   int ds[kSlabs];          // where dS of the slab goes; -1: nowhere
   int fewest_seen;
@@ -47,14 +47,13 @@ struct ItemInfo {
 template <int kDim>
 struct KeysLayout {
   static constexpr int kTile = swizzled_tile_bytes<kDim>(64);
-  static constexpr int kStages = kDim == 128 ? 5 : 6;  // tiles of Q and of dO in turn
+  static constexpr int kStages = kDim == 128 ? 5 : 6;  // tiles of dO and of Q in turn
   static constexpr int kInfos = kStages / 2;           // of tiles in the ring: a tile takes two places
   static constexpr int kV = kTile, kRing = 2 * kTile;
   static constexpr int kConsumerBytes = (2 + kStages) * kTile;
 
   struct Control {
-    // One is written when the dO before the last kInfos tiles has left the ring, so that nobody reads it any
-    // more.
+    // One is written when the place of its Q is free, so that the scores of the tile kInfos before are done.
     TileInfo tile[kInfos];
     ItemInfo item[2];
     uint64_t full[kStages], empty[kStages], keys_full, keys_empty;
@@ -76,129 +75,101 @@ struct KeysMaps {
   CUtensorMap q, k, v, d_o;
 };
 
-// The tokens of a tile as one lane of the producer sees them: it is busy with the rows lane and lane + 32,
-// and with slab lane % 4.
-struct TileTokens {
-  int tokens;                   // of a tile
-  int row_token[2], member[2];  // member of the group; -1 where there is none
-  int slab_token, slab_member;
-
-  __device__ TileTokens(int slabs, int group, int lane) : tokens(kSlabs / slabs) {
-    slab_token = lane % kSlabs / slabs;
-    slab_member = lane % kSlabs - slab_token * slabs;
-    for (int i = 0; i < 2; ++i) {
-      row_token[i] = (lane + 32 * i) / (slabs * kSlabRows);
-      member[i] = lane + 32 * i - row_token[i] * slabs * kSlabRows;
-      if (member[i] >= group || row_token[i] >= tokens) member[i] = -1;
-    }
-  }
-};
-
-// {lse * log2(e) - log2(g), delta / g} of a row of [T, Hq]; row < 0: of no query, with probabilities of zero.
-__device__ __forceinline__ float2 row_info(const AttentionGrads& grads, int64_t row) {
-  if (row < 0) return make_float2(-kNegInf, 0.f);
-  const float lse = static_cast<const float*>(grads.lse)[row] * kLog2e,
-              delta = static_cast<const float*>(grads.delta)[row];
-  if (grads.d_o_scale == nullptr) return make_float2(lse, delta);
-  const float g = static_cast<const float*>(grads.d_o_scale)[row];
-  return make_float2(lse - log2f(g), g == 0.f ? 0.f : delta / g);
-}
-
 template <typename T, int kDim>
 __device__ void produce(const Params& p, const SelectedBwdChunk& chunk, const KeysMaps& maps, uint32_t memory,
                         typename KeysLayout<kDim>::Control& control, int lane) {
   using Layout = KeysLayout<kDim>;
   constexpr int kPanels = kDim / kPanel;
-  const int group = p.shape.group(), num_items = *chunk.num_items;
-  const TileTokens layout(chunk.ds.slabs, group, lane);
-  const auto address = [](const uint64_t& barrier) { return ptx::shared_address(&barrier); };
+  const int num_items = *chunk.num_items, slabs = chunk.ds.slabs, tokens = kSlabs / slabs;
+  const auto address = [](const auto& x) { return ptx::shared_address(&x); };
   // Lane i < 8 has word i of an item; the next one and the ticket behind it are on their way meanwhile.
   const auto take = [&] { return lane == 0 ? atomicAdd(chunk.ticket, 1) : 0; };
   const auto word_of = [&](int ticket) {
     return ticket < num_items && lane < 8 ? reinterpret_cast<const int*>(chunk.items + ticket)[lane] : 0;
   };
+  // Lane i has entry i of a tile.
+  const auto load_entry = [&](const WorkItem& item, int tile) {
+    const int index = tile * tokens + lane;
+    const uint32_t* list = chunk.entries + item.head * p.seqs.total_q * p.num_selected_blocks + item.first;
+    return lane < tokens && index < item.count ? list[index] : ~0u;
+  };
+  const auto unpack = [&](int word) {
+    WorkItem item{};
+    const int head_and_part = __shfl_sync(~0u, word, 0);
+    item.head = static_cast<int16_t>(head_and_part), item.part = static_cast<int16_t>(head_and_part >> 16);
+    item.first = __shfl_sync(~0u, word, 1), item.count = __shfl_sync(~0u, word, 2);
+    item.key_row = __shfl_sync(~0u, word, 3), item.num_keys = __shfl_sync(~0u, word, 4);
+    item.shift = __shfl_sync(~0u, word, 5), item.partial = __shfl_sync(~0u, word, 6);
+    return item;
+  };
   int ticket = __shfl_sync(~0u, take(), 0), next_ticket = take();
-  int word = word_of(ticket);
-  const int token_bytes = chunk.ds.slabs * kSlabRows * kPanelPitch;  // in a panel
+  WorkItem item = unpack(word_of(ticket));
+  uint32_t entry = load_entry(item, 0);
+  const int token_bytes = slabs * kSlabRows * kPanelPitch;  // in a panel
+  const uint32_t tile_bytes = tokens * token_bytes * kPanels;
+  const int stats_bytes = slabs * kSlabRows * static_cast<int>(sizeof(float2));
+  const int first_row = static_cast<int>(chunk.first_row), none = static_cast<int>(p.seqs.total_q);
+  // Lane i < tokens * panels brings one panel of one token, lane i < tokens also its statistics; slab lane %
+  // 4 is described by its lane.
+  const int own_token = lane / kPanels, own_panel = lane % kPanels, slab_token = lane % kSlabs / slabs;
   RingPosition<Layout::kStages> at;
   int info_at = 0;
 
 #pragma unroll 1
   for (int round = 0;; ++round) {
-    WorkItem item{};
-    const int head_and_part = __shfl_sync(~0u, word, 0);
-    item.head = static_cast<int16_t>(head_and_part), item.part = static_cast<int16_t>(head_and_part >> 16);
-    item.first = __shfl_sync(~0u, word, 1);
-    item.count = __shfl_sync(~0u, word, 2), item.key_row = __shfl_sync(~0u, word, 3);
-    item.num_keys = __shfl_sync(~0u, word, 4), item.shift = __shfl_sync(~0u, word, 5);
-    item.partial = __shfl_sync(~0u, word, 6);
     const bool last = ticket >= num_items;
     ticket = __shfl_sync(~0u, next_ticket, 0);
+    int word = 0;
     if (!last) next_ticket = take(), word = word_of(ticket);
-    const int tiles = last ? 0 : (item.count + layout.tokens - 1) / layout.tokens;
-
-    const uint32_t* list = chunk.entries + item.head * p.seqs.total_q * p.num_selected_blocks + item.first;
-    const auto load_entry = [&](int tile) {
-      const int index = tile * layout.tokens + lane;
-      return lane < layout.tokens && index < item.count ? list[index] : ~0u;
-    };
-    uint32_t entry = load_entry(0);
+    const int tiles = last ? 0 : (item.count + tokens - 1) / tokens;
+    WorkItem next{};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const uint32_t own = entry;
-      entry = load_entry(tile + 1);
-      float2 info[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t e = __shfl_sync(~0u, own, layout.row_token[i] % kSlabs);
-        const int64_t token = chunk.first_row + (e & kEntryTokenMask);
-        const bool valid = e != ~0u && layout.member[i] >= 0;
-        info[i] = row_info(p.grads,
-                           valid ? token * p.shape.num_heads_q + item.head * group + layout.member[i] : -1);
-      }
-      // Lane i < tokens * panels brings one panel of one token; tokens that are missing lie outside the
-      // tensor.
-      const uint32_t e = __shfl_sync(~0u, own, lane / kPanels % 4);
-      const int token = lane / kPanels, panel = lane % kPanels;
-      const bool copies = token < layout.tokens;
-      const int row =
-          e == ~0u ? -1 : static_cast<int>(chunk.first_row) + static_cast<int>(e & kEntryTokenMask);
-      const uint32_t bytes = layout.tokens * token_bytes * kPanels;
-      const auto bring = [&](const CUtensorMap& map) {
+      if (tile + 1 == tiles) next = unpack(word);
+      entry = tile + 1 < tiles ? load_entry(item, tile + 1) : load_entry(next, 0);
+      const auto row_of = [&](uint32_t e) { return first_row + static_cast<int>(e & kEntryTokenMask); };
+      const uint32_t copied = __shfl_sync(~0u, own, own_token % kSlabs),
+                     described = __shfl_sync(~0u, own, slab_token);
+      // Tokens that are missing lie outside the tensor.
+      const int row = copied == ~0u ? -1 : row_of(copied);
+      const auto bring = [&](const CUtensorMap& map, uint32_t more_bytes) {
         const uint32_t full = address(control.full[at.slot]);
-        if (lane == 0) ptx::barrier_arrive_expect(full, bytes);
+        if (lane == 0) ptx::barrier_arrive_expect(full, tile_bytes + more_bytes);
         __syncwarp();
-        if (copies) {
+        if (own_token < tokens) {
           ptx::bulk_load_4d(memory + Layout::kRing + at.slot * Layout::kTile +
-                                panel * kTileRows * kPanelPitch + token * token_bytes,
-                            &map, full, panel * kPanel, 0, item.head, row);
+                                own_panel * kTileRows * kPanelPitch + own_token * token_bytes,
+                            &map, full, own_panel * kPanel, 0, item.head, row);
         }
-        at.advance();
       };
       ptx::barrier_wait(address(control.empty[at.slot]), at.parity ^ 1);
-      bring(maps.q);
+      bring(maps.d_o, 0);
+      at.advance();
       ptx::barrier_wait(address(control.empty[at.slot]), at.parity ^ 1);
-      TileInfo& tile_info = control.tile[info_at];
+      TileInfo& info = control.tile[info_at];
       if (++info_at == Layout::kInfos) info_at = 0;
-      tile_info.rows[lane] = info[0];
-      tile_info.rows[lane + 32] = info[1];
-      const uint32_t slab_entry = __shfl_sync(~0u, own, layout.slab_token);
-      const bool present = layout.slab_token < layout.tokens && slab_entry != ~0u;
-      const int in_chunk = slab_entry & kEntryTokenMask;
-      const int seen = present ? static_cast<int>(chunk.first_row) + in_chunk + item.shift : 0;
+      const bool present = slab_token < tokens && described != ~0u;
+      const int seen = present ? row_of(described) + item.shift : 0;
       int fewest = min(seen, __shfl_xor_sync(~0u, seen, 1));
       fewest = min(fewest, __shfl_xor_sync(~0u, fewest, 2));
       if (lane < kSlabs) {
-        tile_info.seen[lane] = seen;
-        tile_info.ds[lane] =
-            present && chunk.ds.data != nullptr
-                ? chunk.ds.index(in_chunk, item.head, slab_entry >> kEntrySlotShift, item.part) +
-                      layout.slab_member
-                : -1;
-        tile_info.fewest_seen = fewest;
+        info.seen[lane] = seen;
+        info.ds[lane] = present && chunk.ds.data != nullptr
+                            ? chunk.ds.index(described & kEntryTokenMask, item.head,
+                                             described >> kEntrySlotShift, item.part) +
+                                  lane % kSlabs - slab_token * slabs
+                            : -1;
+        info.fewest_seen = fewest;
       }
       __syncwarp();
-      bring(maps.d_o);
+      bring(maps.q, tokens * stats_bytes);
+      if (lane < tokens) {
+        ptx::bulk_load(address(info.rows) + lane * stats_bytes,
+                       chunk.stats.data + chunk.stats.index(own == ~0u ? none : row_of(own), item.head),
+                       address(control.full[at.slot]), stats_bytes);
+      }
+      at.advance();
 
       if (tile > 0) continue;
       // The keys, when those of the item before are no longer needed.
@@ -223,14 +194,16 @@ __device__ void produce(const Params& p, const SelectedBwdChunk& chunk, const Ke
       }
       return;
     }
+    item = next;
   }
 }
 
-// Stores four registers where offset >= 0, without a branch: one between products would serialise them.
+// Stores four registers where offset >= 0, without a branch, which between products would serialise them.
+// They are not read again here: the cache is for the rows of q and dO.
 __device__ __forceinline__ void store_if(uint4* data, int64_t offset, uint4 value) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ge.s64 p, %1, 0;\n@p st.global.v4.u32 [%0], {%2, %3, %4, %5};\n}" ::"l"(data +
-                                                                                                      offset),
+      "{\n.reg .pred p;\nsetp.ge.s64 p, %1, 0;\n@p st.global.cs.v4.u32 [%0], {%2, %3, %4, %5};\n}" ::"l"(
+          data + offset),
       "l"(offset), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 }
@@ -282,13 +255,13 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
 
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      RingPosition<Layout::kStages> at_do = at;
-      at_do.advance();
-      const uint32_t q = memory + Layout::kRing + at.slot * Layout::kTile,
-                     d_o = memory + Layout::kRing + at_do.slot * Layout::kTile;
+      RingPosition<Layout::kStages> at_q = at;
+      at_q.advance();
+      const uint32_t d_o = memory + Layout::kRing + at.slot * Layout::kTile,
+                     q = memory + Layout::kRing + at_q.slot * Layout::kTile;
       float s[32], dp[32];
       ptx::barrier_wait(address(control.full[at.slot]), at.parity);
-      ptx::barrier_wait(address(control.full[at_do.slot]), at_do.parity);
+      ptx::barrier_wait(address(control.full[at_q.slot]), at_q.parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDim; k += 16) {
@@ -304,6 +277,9 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(s);
       ptx::pin_registers(dp);
+      // The next item's keys may come; every lane has read what described the item before.
+      __syncwarp();
+      ptx::barrier_arrive_if(address(control.keys_empty), lane == 0 && tile + 1 == tiles);
 
       const TileInfo& info = control.tile[info_at];
       if (++info_at == Layout::kInfos) info_at = 0;
@@ -321,6 +297,7 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
         ptx::wgmma_registers<T, kDim>(dv, prob[slab], mn_major_descriptor(d_o, kTileRows, slab * kSlabRows),
                                       true);
       }
+      ptx::wgmma_commit();
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
         ptx::wgmma_registers<T, kDim>(dk, ds[slab], mn_major_descriptor(q, kTileRows, slab * kSlabRows),
@@ -335,21 +312,18 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
                        ptx::transpose_matrix(ds[slab][1]), ptx::transpose_matrix(ds[slab][3]));
         store_if(chunk.ds.data, int64_t{target[slab]} * ScoreGrads::kVectors + warp * 32 + lane, turned);
       }
+      ptx::wgmma_wait<1>();
+      ptx::barrier_arrive_if(address(control.empty[at.slot]), lane == 0);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(dk);
       ptx::pin_registers(dv);
       __syncwarp();  // every lane has read the tile's info
-      if (lane == 0) {
-        ptx::barrier_arrive(address(control.empty[at.slot]));
-        ptx::barrier_arrive(address(control.empty[at_do.slot]));
-      }
-      at = at_do;
+      ptx::barrier_arrive_if(address(control.empty[at_q.slot]), lane == 0);
+      at = at_q;
       at.advance();
     }
     const int64_t row = (int64_t{item.key_row} + warp * 16) * heads_kv + item.head;
     const int partial = item.partial, rows = item.num_keys - warp * 16;
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(address(control.keys_empty));
     if (partial >= 0) {
       float* sums = chunk.partials + (int64_t{partial} * kKeyTile + warp * 16) * (2 * kDim);
       put_slab<false>(dk, scale, sums, 2 * kDim, 16, lane);
@@ -384,6 +358,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   // Rows of a tile that no token fills are multiplied by zero: they must be finite.
+  for (int i = threadIdx.x; i < kConsumers * Layout::kInfos * kTileRows; i += kThreads) {
+    auto& control = controls[i / (Layout::kInfos * kTileRows)];
+    control.tile[i / kTileRows % Layout::kInfos].rows[i % kTileRows] = make_float2(-kNegInf, 0.f);
+  }
   for (int i = threadIdx.x; i < kConsumers * Layout::kConsumerBytes / 16; i += kThreads)
     reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   ptx::async_proxy_fence();

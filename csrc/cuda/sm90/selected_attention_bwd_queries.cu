@@ -1,9 +1,10 @@
 // Attention over chosen blocks, backward, dQ = dS K from the dS that the pass over the keys has left.
 //
 // A thread block takes 12 slabs of query rows at a time, a warp each: adjacent tokens of one KV head. One
-// warp brings K of the blocks that any of them chose, once, through a ring by TMA; another makes the list of
-// those blocks for the tile that follows (portable/selected_tile.cuh does the same with a whole thread
-// block). The products are mma.sync: a token's rows fill one slab and few tokens share a block.
+// warp lists the blocks that any of them chose, one tile ahead; one brings K of these, once, through a ring
+// by TMA; one zeroes what no token sees. A warp goes from one of its own blocks to the next, by mma.sync; a
+// block that most warps of a warpgroup chose is one wgmma product for all four. Fragments of
+// dS are fetched two blocks ahead.
 #include "cuda/common/choices.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -12,6 +13,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/selected_attention_bwd.h"
+#include "cuda/sm90/selected_pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/gradient_store.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
@@ -23,49 +25,54 @@ using Params = SelectedAttentionBwdParams;
 
 constexpr int kConsumers = 12;                   // warps
 constexpr int kThreads = (kConsumers + 4) * 32;  // registers are handed out to four warps at a time
-constexpr int kMaxStages = 16;
+constexpr int kMaxKeyStages = 16;
 constexpr int kFragments = kKeyTile / 16;
 
-// The blocks that a tile needs, in shared memory.
+// The key tiles that a tile of queries needs, in shared memory.
 struct Plan {
   int* count;
   Choosable* token;  // [kConsumers]
   uint32_t* bitmap;  // [words]
   int* rank;         // [words]: blocks before this word
-  int* key_row;      // [entries]
-  int* seen;         // [entries]: keys of the block that the last of them sees
-  uint32_t* mask;    // [entries]: bit i for token i
-  uint8_t* slot;     // [entries, kConsumers]: of the token's row of block_indices
+  int* key_row;      // [parts]
+  int* seen;         // [parts]: keys that the last of them sees
+  uint32_t* warps;   // [parts]: bit i for warp i; none where no key is seen
+  int* choice;       // [choices]: of the tokens, legal or -1
+  uint8_t* slot;     // [parts, kConsumers]: of the warp's token's row of block_indices
 
-  __host__ __device__ static int64_t bytes(int64_t words, int64_t entries) {
-    return round_up(16 + kConsumers * 16 + 8 * words + (12 + kConsumers) * entries, 16);
+  __host__ __device__ static int64_t bytes(int64_t words, int64_t parts) {
+    return round_up(16 + kConsumers * 16 + 8 * words + (16 + kConsumers) * parts, 16);
   }
-  __device__ Plan(unsigned char* memory, int words, int entries)
+  __device__ Plan(unsigned char* memory, int words, int parts)
       : count(reinterpret_cast<int*>(memory)),
         token(reinterpret_cast<Choosable*>(memory + 16)),
         bitmap(reinterpret_cast<uint32_t*>(token + kConsumers)),
         rank(reinterpret_cast<int*>(bitmap + words)),
         key_row(rank + words),
-        seen(key_row + entries),
-        mask(reinterpret_cast<uint32_t*>(seen + entries)),
-        slot(reinterpret_cast<uint8_t*>(mask + entries)) {}
+        seen(key_row + parts),
+        warps(reinterpret_cast<uint32_t*>(seen + parts)),
+        choice(reinterpret_cast<int*>(warps + parts)),
+        slot(reinterpret_cast<uint8_t*>(choice + parts)) {}
 };
 
 struct QueriesWork {
   SelectedBwdChunk chunk;
   int tokens;          // of a tile
   int64_t tiles, all;  // of one head, of all
-  int words, entries, stages;
+  int words, parts;    // of a plan
 };
 
 template <int kDim>
 struct QueriesLayout {
   static constexpr int kTile = swizzled_tile_bytes<kDim>(kKeyTile);
-  struct Barriers {
-    uint64_t full[kMaxStages], empty[kMaxStages], plan_full[2], plan_empty[2], patch;
+  struct Control {
+    uint64_t full[kMaxKeyStages], empty[kMaxKeyStages];
+    uint64_t landed[kMaxKeyStages];  // keys that are not seen whole: to be zeroed behind what is seen
+    uint64_t plan_full[2], plan_empty[2];
+    uint32_t issued;  // parts whose loads are under way or done, counted over all tiles
   };
-  static int64_t bytes(const QueriesWork& work) {
-    return work.stages * kTile + round_up(sizeof(Barriers), 16) + 2 * Plan::bytes(work.words, work.entries);
+  static int64_t bytes(const QueriesWork& work, int stages) {
+    return stages * kTile + round_up(sizeof(Control), 16) + 2 * Plan::bytes(work.words, work.parts);
   }
 };
 
@@ -80,7 +87,8 @@ struct Tile {
 // One warp: which blocks the tokens of a tile chose, ascending, each once.
 __device__ void make_plan(const Params& p, const QueriesWork& work, const Tile& tile, const Plan& plan,
                           int lane) {
-  const int n = p.num_selected_blocks, choices = work.tokens * n;
+  const int n = p.num_selected_blocks, choices = work.tokens * n, parts = work.chunk.ds.parts;
+  const int slabs = work.chunk.ds.slabs;
   const int64_t first_row = work.chunk.first_row + tile.first;
   for (int i = lane; i < work.words; i += 32) plan.bitmap[i] = 0;
   if (lane < work.tokens) {
@@ -89,20 +97,18 @@ __device__ void make_plan(const Params& p, const QueriesWork& work, const Tile& 
         exists ? find_choosable(p.seqs, first_row + lane, p.block_size, work.chunk.num_blocks) : Choosable{};
   }
   __syncwarp();
-  const auto for_each = [&](const auto& visit) {
-    for (int i = lane; i < choices; i += 32) {
-      const int token = i / n, slot = i - token * n;
-      const Choosable choosable = plan.token[token];
-      if (choosable.legal == 0) continue;
-      const int32_t* row = p.block_indices + ((first_row + token) * p.shape.num_heads_kv + tile.head) * n;
-      const int j = row[slot];
-      if (j >= 0 && j < choosable.legal) visit(token, slot, j, choosable, row);
-    }
-  };
-  for_each([&](int, int, int j, const Choosable& choosable, const int32_t*) {
+  for (int i = lane; i < choices; i += 32) {
+    const int token = i / n;
+    const Choosable choosable = plan.token[token];
+    int j = -1;
+    if (choosable.legal > 0)
+      j = p.block_indices[((first_row + token) * p.shape.num_heads_kv + tile.head) * n + i - token * n];
+    if (j >= choosable.legal) j = -1;
+    plan.choice[i] = j;
+    if (j < 0) continue;
     const int block = choosable.first + j;
     atomicOr(&plan.bitmap[block / 32], 1u << (block % 32));
-  });
+  }
   __syncwarp();
   int count = 0;
   for (int begin = 0; begin < work.words; begin += 32) {
@@ -116,74 +122,127 @@ __device__ void make_plan(const Params& p, const QueriesWork& work, const Tile& 
     if (begin + lane < work.words) plan.rank[begin + lane] = count + sum - own;
     count += __shfl_sync(~0u, sum, 31);
   }
-  for (int i = lane; i < count; i += 32) plan.mask[i] = 0, plan.seen[i] = 0;
+  count *= parts;
+  for (int i = lane; i < count; i += 32) plan.warps[i] = 0, plan.seen[i] = 0;
   if (lane == 0) *plan.count = count;
   __syncwarp();
-  for_each([&](int token, int slot, int j, const Choosable& choosable, const int32_t* row) {
-    for (int i = 0; i < slot; ++i) {
-      if (row[i] == j) return;
+#pragma unroll 1
+  for (int i = lane; i - lane < choices; i += 32) {
+    const int token = i / n, slot = i - token * n, j = i < choices ? plan.choice[i] : -1;
+    bool repeats = j < 0;
+    if (32 % n == 0) {
+      // A row lies in one round of the warp.
+      const unsigned same = __match_any_sync(~0u, j < 0 ? ~lane : j) & ((1u << lane) - 1);
+      repeats |= (same >> (lane - slot)) != 0;
+    } else {
+      for (int k = i - slot; k < i && !repeats; ++k) repeats = plan.choice[k] == j;
     }
+    if (repeats) continue;
+    const Choosable choosable = plan.token[token];
     const int block = choosable.first + j;
-    const int at = plan.rank[block / 32] + __popc(plan.bitmap[block / 32] & ((1u << (block % 32)) - 1));
-    const int begin = j * static_cast<int>(p.block_size);
-    plan.key_row[at] = choosable.key_begin + begin;
-    plan.slot[at * kConsumers + token] = static_cast<uint8_t>(slot);
-    atomicMax(&plan.seen[at], choosable.seen - begin);
-    atomicOr(&plan.mask[at], 1u << token);
-  });
+    int at = plan.rank[block / 32] + __popc(plan.bitmap[block / 32] & ((1u << (block % 32)) - 1));
+    int begin = j * static_cast<int>(p.block_size);
+    at *= parts;
+    for (int part = 0; part < parts && begin < choosable.seen; ++part, ++at, begin += kKeyTile) {
+      plan.key_row[at] = choosable.key_begin + begin;
+      for (int slab = 0; slab < slabs; ++slab)
+        plan.slot[at * kConsumers + token * slabs + slab] = static_cast<uint8_t>(slot);
+      atomicMax(&plan.seen[at], choosable.seen - begin);
+      atomicOr(&plan.warps[at], ((1u << slabs) - 1) << (token * slabs));
+    }
+  }
   __syncwarp();
 }
 
-// One warp: K of the plan's blocks into the ring. What nobody sees of a block becomes zero.
+// One thread: K of the plan's parts into the ring. Warps that do not take a part never look at it: this one
+// arrives for them.
 template <int kDim>
-__device__ void bring_keys(const QueriesWork& work, const Tile& tile, const Plan& plan,
-                           const CUtensorMap& map, uint32_t ring,
-                           typename QueriesLayout<kDim>::Barriers& barriers, int* stage, uint32_t* parity,
-                           uint32_t* patches, int lane) {
+__device__ __forceinline__ void bring_keys(const Plan& plan, int head, const CUtensorMap& map, uint32_t ring,
+                                           typename QueriesLayout<kDim>::Control& control, int stages,
+                                           SlotPosition& at_slot, uint32_t& issued) {
   using Layout = QueriesLayout<kDim>;
-  const auto address = [](const uint64_t& barrier) { return ptx::shared_address(&barrier); };
   const int count = *plan.count;
-  for (int entry = 0; entry < count; ++entry) {
-    const int seen = plan.seen[entry], key_row = plan.key_row[entry];
-    for (int part = 0; part < work.chunk.ds.parts && part * kKeyTile < seen; ++part) {
-      const uint32_t target = ring + *stage * Layout::kTile, full = address(barriers.full[*stage]);
-      const int visible = seen - part * kKeyTile;
-      const bool whole = visible >= kKeyTile;
-      const uint32_t landing = whole ? full : address(barriers.patch);
-      ptx::barrier_wait(address(barriers.empty[*stage]), *parity ^ 1);
-      if (lane == 0) ptx::barrier_arrive_expect(landing, Layout::kTile);
-      __syncwarp();
-      if (lane < kDim / kPanel) {
-        ptx::bulk_load_3d(target + lane * kKeyTile * kPanelPitch, &map, landing, lane * kPanel, tile.head,
-                          key_row + part * kKeyTile);
-      }
-      if (!whole) {
-        ptx::barrier_wait(landing, *patches);
-        *patches ^= 1;
-        for (int i = lane; i < (kKeyTile - visible) * (kDim / 8); i += 32) {
-          const int row = visible + i / (kDim / 8);
-          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
-                           target + swizzled_offset(kKeyTile, row, i % (kDim / 8))),
-                       "r"(0)
-                       : "memory");
-        }
-        ptx::async_proxy_fence();
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(full);
-      }
-      if (++*stage == work.stages) *stage = 0, *parity ^= 1;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const uint32_t warps = plan.warps[i];
+    int absent = 0;
+#pragma unroll
+    for (int group = 0; group < kConsumers / 4; ++group) {
+      const uint32_t chosen = warps >> (group * 4) & 15;
+      absent += is_together<kKeyTile>(chosen) ? 0 : 4 - __popc(chosen);
     }
+    const int s = at_slot.slot;
+    ptx::barrier_wait(at(control.empty[s]), at_slot.phase ^ 1);
+    if (absent > 0) ptx::barrier_arrive(at(control.empty[s]), absent);
+    if (warps == 0) {
+      ptx::barrier_arrive(at(control.full[s]));
+    } else {
+      const uint32_t landing = at(plan.seen[i] < kKeyTile ? control.landed[s] : control.full[s]);
+      ptx::barrier_arrive_expect(landing, Layout::kTile);
+      ptx::bulk_load_4d(ring + s * Layout::kTile, &map, landing, 0, head, plan.key_row[i], 0);
+    }
+    *static_cast<volatile uint32_t*>(&control.issued) = ++issued;
+    at_slot.advance(stages);
   }
 }
 
-__device__ __forceinline__ int next_chosen(const Plan& plan, int begin, int count, int token, int lane) {
-  for (; begin < count; begin += 32) {
-    const bool chosen = begin + lane < count && (plan.mask[begin + lane] >> token & 1);
-    const unsigned found = __ballot_sync(~0u, chosen);
-    if (found != 0) return begin + __ffs(found) - 1;
+// One warp: zeroes the keys that no token of the tile sees: there may be anything, and 0 * NaN is NaN.
+template <int kDim>
+__device__ __forceinline__ void clear_unseen_keys(const Plan& plan, uint32_t ring,
+                                                  typename QueriesLayout<kDim>::Control& control, int stages,
+                                                  SlotPosition& at_slot, uint32_t& phases, int lane) {
+  const int count = *plan.count;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i, at_slot.advance(stages)) {
+    const int seen = plan.seen[i], s = at_slot.slot;
+    if (plan.warps[i] == 0 || seen >= kKeyTile) continue;
+    ptx::barrier_wait(at(control.landed[s]), phases >> s & 1);
+    phases ^= 1u << s;
+    for (int row = seen + lane / 8; row < kKeyTile; row += 4) {
+#pragma unroll
+      for (int panel = 0; panel < kDim / kPanel; ++panel) {
+        ptx::store_shared_16(
+            ring + s * QueriesLayout<kDim>::kTile + (panel * kKeyTile + row) * kPanelPitch + lane % 8 * 16, 0,
+            0, 0, 0);
+      }
+    }
+    ptx::async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(at(control.full[s]));
   }
-  return count;
 }
+
+// The parts that a warp takes part in, one after another. 32 parts at a time, a lane looks at one of them.
+class OwnParts {
+ public:
+  struct Part {
+    int index;      // -1: no more
+    bool own;       // else the warp only keeps the warpgroup company
+    bool together;  // taken by the warpgroup
+  };
+
+  __device__ __forceinline__ OwnParts(const Plan& plan, int warp, int lane)
+      : warps_(plan.warps), count_(*plan.count), warp_(warp), lane_(lane) {}
+
+  __device__ __forceinline__ Part next() {
+    while (left_ == 0) {
+      if (end_ >= count_) return {-1, false, false};
+      const uint32_t group = end_ + lane_ < count_ ? warps_[end_ + lane_] >> (warp_ & ~3) & 15 : 0;
+      end_ += 32;
+      together_ = __ballot_sync(~0u, is_together<kKeyTile>(group));
+      own_ = __ballot_sync(~0u, group >> (warp_ & 3) & 1);
+      left_ = own_ | together_;
+    }
+    const int bit = __ffs(left_) - 1;
+    left_ &= left_ - 1;
+    return {end_ - 32 + bit, (own_ >> bit & 1) != 0, (together_ >> bit & 1) != 0};
+  }
+
+ private:
+  const uint32_t* warps_;
+  int count_, warp_, lane_, end_ = 0;
+  uint32_t left_ = 0, own_ = 0, together_ = 0;
+};
 
 // dq += dS . K for one slab: ds are the fragments of 16 rows x 64 keys.
 template <typename T, int kDim>
@@ -206,52 +265,102 @@ __device__ __forceinline__ void multiply_keys(float (&dq)[kDim / 2], const uint4
   }
 }
 
+// The same by four warps together.
+template <typename T, int kDim>
+__device__ __forceinline__ void multiply_keys_together(float (&dq)[kDim / 2], const uint4 (&ds)[kFragments],
+                                                       uint32_t keys) {
+  ptx::pin_registers(dq);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kFragments; ++k) {
+    const uint32_t a[4] = {ds[k].x, ds[k].y, ds[k].z, ds[k].w};
+    ptx::wgmma_registers<T, kDim>(dq, a, mn_major_descriptor(keys, kKeyTile, k * 16), true);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(dq);
+}
+
+// dQ of a slab whose first row is `row` of [T, Hq] and has `rows` rows; any: the row's token chose something.
+template <typename T, int kCount>
+__device__ __forceinline__ void put_gradient(float (&dq)[kCount], bool any, const Params& p, int64_t row,
+                                             int rows, int lane) {
+  constexpr int kDim = kCount * 2;
+  const QueryGrads& out = p.grads.dq;
+  if (!any && out.begun && out.result == nullptr) return;
+  int64_t at[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int slab_row = lane / 4 + 8 * h;
+    at[h] = slab_row < rows ? (row + slab_row) * kDim : -1;
+  }
+  put_query_grads<T, true, 32>(out, dq, static_cast<float>(p.softmax_scale), at, lane);
+}
+
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
-    selected_attention_bwd_queries_sm90(const Params p, const QueriesWork work,
+    selected_attention_bwd_queries_sm90(const __grid_constant__ Params p,
+                                        const __grid_constant__ QueriesWork work,
+                                        const __grid_constant__ RingSize size,
                                         const __grid_constant__ CUtensorMap keys_map) {
   using Layout = QueriesLayout<kDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  auto& barriers = *reinterpret_cast<typename Layout::Barriers*>(shared + work.stages * Layout::kTile);
-  unsigned char* plans = reinterpret_cast<unsigned char*>(&barriers) + (sizeof(barriers) + 15) / 16 * 16;
-  const int64_t plan_bytes = Plan::bytes(work.words, work.entries);
+  auto& control = *reinterpret_cast<typename Layout::Control*>(shared + size.slots * Layout::kTile);
+  unsigned char* plans = reinterpret_cast<unsigned char*>(&control) + (sizeof(control) + 15) / 16 * 16;
+  const int64_t plan_bytes = Plan::bytes(work.words, work.parts);
   const auto plan_of = [&](int64_t round) {
-    return Plan(plans + (round & 1) * plan_bytes, work.words, work.entries);
+    return Plan(plans + (round & 1) * plan_bytes, work.words, work.parts);
   };
-  const auto address = [](const uint64_t& barrier) { return ptx::shared_address(&barrier); };
   const uint32_t ring = ptx::shared_address(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < work.stages; ++stage) {
-      ptx::barrier_init(address(barriers.full[stage]), 1);
-      ptx::barrier_init(address(barriers.empty[stage]), kConsumers);
+    for (int stage = 0; stage < size.slots; ++stage) {
+      ptx::barrier_init(at(control.full[stage]), 1);
+      ptx::barrier_init(at(control.empty[stage]), kConsumers);
+      ptx::barrier_init(at(control.landed[stage]), 1);
     }
     for (int i = 0; i < 2; ++i) {
-      ptx::barrier_init(address(barriers.plan_full[i]), 1);
-      ptx::barrier_init(address(barriers.plan_empty[i]), kConsumers + 1);
+      ptx::barrier_init(at(control.plan_full[i]), 1);
+      ptx::barrier_init(at(control.plan_empty[i]), kConsumers + 2);
     }
-    ptx::barrier_init(address(barriers.patch), 1);
+    control.issued = 0;
     ptx::barrier_init_fence();
   }
   __syncthreads();
 
-  int stage = 0;
-  uint32_t parity = 0, patches = 0;
+  // Calls work_on(tile, plan) for every tile of this thread block.
+  const auto for_each_tile = [&](const auto& work_on) {
+#pragma unroll 1
+    for (int64_t index = blockIdx.x, round = 0; index < work.all; index += gridDim.x, ++round) {
+      ptx::barrier_wait(at(control.plan_full[round & 1]), round / 2 & 1);
+      work_on(Tile(work, index), plan_of(round), [&] {
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(at(control.plan_empty[round & 1]));
+      });
+    }
+  };
+  SlotPosition slot;
   if (warp >= kConsumers) {
     ptx::release_registers<56>();
-    for (int64_t index = blockIdx.x, round = 0; index < work.all; index += gridDim.x, ++round) {
-      const Tile tile(work, index);
-      const Plan plan = plan_of(round);
-      if (warp == kConsumers) {
-        ptx::barrier_wait(address(barriers.plan_full[round & 1]), round / 2 & 1);
-        bring_keys<kDim>(work, tile, plan, keys_map, ring, barriers, &stage, &parity, &patches, lane);
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(address(barriers.plan_empty[round & 1]));
-      } else if (warp == kConsumers + 1) {
-        ptx::barrier_wait(address(barriers.plan_empty[round & 1]), (round / 2 & 1) ^ 1);
-        make_plan(p, work, tile, plan, lane);
-        if (lane == 0) ptx::barrier_arrive(address(barriers.plan_full[round & 1]));
+    if (warp == kConsumers) {
+      uint32_t issued = 0;
+      for_each_tile([&](const Tile& tile, const Plan& plan, const auto& release) {
+        if (lane == 0) bring_keys<kDim>(plan, tile.head, keys_map, ring, control, size.slots, slot, issued);
+        release();
+      });
+    } else if (warp == kConsumers + 1) {
+#pragma unroll 1
+      for (int64_t index = blockIdx.x, round = 0; index < work.all; index += gridDim.x, ++round) {
+        ptx::barrier_wait(at(control.plan_empty[round & 1]), (round / 2 & 1) ^ 1);
+        make_plan(p, work, Tile(work, index), plan_of(round), lane);
+        if (lane == 0) ptx::barrier_arrive(at(control.plan_full[round & 1]));
       }
+    } else if (warp == kConsumers + 2) {
+      uint32_t phases = 0;
+      for_each_tile([&](const Tile&, const Plan& plan, const auto& release) {
+        clear_unseen_keys<kDim>(plan, ring, control, size.slots, slot, phases, lane);
+        release();
+      });
     }
     return;
   }
@@ -259,62 +368,83 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::claim_registers<152>();
   const ScoreGrads& grads = work.chunk.ds;
   const int token = warp / grads.slabs, slab = warp - token * grads.slabs, group = p.shape.group();
-  for (int64_t index = blockIdx.x, round = 0; index < work.all; index += gridDim.x, ++round) {
-    const Tile tile(work, index);
-    const Plan plan = plan_of(round);
-    ptx::barrier_wait(address(barriers.plan_full[round & 1]), round / 2 & 1);
+  uint32_t first_part = 0;  // of the tile, counted over all tiles
+  for_each_tile([&](const Tile& tile, const Plan& plan, const auto& release) {
     const int count = *plan.count;
     float dq[kDim / 2];
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) dq[i] = 0.f;
-    // dS of the next key tile that this token chose is on its way while others are waited for.
-    uint4 coming[kFragments];
-    const auto fetch = [&](int entry, int part) {
-      if (entry >= count) return;
-      const int64_t at =
-          grads.index(tile.first + token, tile.head, plan.slot[entry * kConsumers + token], part) + slab;
-      const uint4* source = grads.data + at * ScoreGrads::kVectors + lane;
+    OwnParts parts(plan, warp, lane);
+    using Part = OwnParts::Part;
+    bool any = false;
+    const int first_slab = grads.index(tile.first + token, tile.head, 0, 0) + slab;
+    const auto fetch = [&](uint4(&ds)[kFragments], Part& part) {
+      part = parts.next();
+      any |= part.own;
+      if (part.own) {
+        const int in_block = grads.parts == 1 ? 0 : part.index % grads.parts;
+        const int64_t at =
+            first_slab + (plan.slot[part.index * kConsumers + warp] * grads.parts + in_block) * grads.slabs;
+        const uint4* source = grads.data + at * ScoreGrads::kVectors + lane;
 #pragma unroll
-      for (int k = 0; k < kFragments; ++k) coming[k] = __ldcs(source + k * 32);
-    };
-    int next = next_chosen(plan, 0, count, token, lane);
-    const bool any = next < count;
-    fetch(next, 0);
-    for (int entry = 0; entry < count; ++entry) {
-      const int seen = plan.seen[entry];
-      const bool chosen = entry == next;
-      if (chosen) next = next_chosen(plan, entry + 1, count, token, lane);
-      for (int part = 0; part < grads.parts && part * kKeyTile < seen; ++part) {
-        ptx::barrier_wait(address(barriers.full[stage]), parity);
-        if (chosen) {
-          uint4 ds[kFragments];
+        for (int k = 0; k < kFragments; ++k) ds[k] = __ldcs(source + k * 32);
+      } else {
 #pragma unroll
-          for (int k = 0; k < kFragments; ++k) ds[k] = coming[k];
-          const bool more = part + 1 < grads.parts && (part + 1) * kKeyTile < seen;
-          fetch(more ? entry : next, more ? part + 1 : 0);
-          multiply_keys<T, kDim>(dq, ds, ring + stage * Layout::kTile, lane);
-        }
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(address(barriers.empty[stage]));
-        if (++stage == work.stages) stage = 0, parity ^= 1;
+        for (int k = 0; k < kFragments; ++k) ds[k] = make_uint4(0, 0, 0, 0);
       }
+    };
+    const auto take = [](uint4(&ds)[kFragments], const uint4(&fetched)[kFragments]) {
+#pragma unroll
+      for (int k = 0; k < kFragments; ++k) ds[k] = fetched[k];
+    };
+    int position = 0;  // where `slot` stands
+    const auto multiply = [&](const uint4(&ds)[kFragments], const Part& part) {
+      slot = slot.after(part.index - position, size);
+      position = part.index;
+      // A warp that has skipped parts may be rounds behind a barrier's phase, where a wait by parity alone
+      // would pass too early; so it first waits until the loads of its part are under way.
+      const uint32_t number = first_part + part.index;
+      while (static_cast<int32_t>(*static_cast<volatile uint32_t*>(&control.issued) - number) <= 0)
+        __nanosleep(32);
+      ptx::barrier_wait(at(control.full[slot.slot]), slot.phase);
+      const uint32_t keys = ring + slot.slot * Layout::kTile;
+      if (part.together) {
+        multiply_keys_together<T, kDim>(dq, ds, keys);
+      } else {
+        multiply_keys<T, kDim>(dq, ds, keys, lane);
+      }
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(at(control.empty[slot.slot]));
+    };
+    // Two fetches are under way at any time. The warps of a warpgroup must meet in the same instructions, so
+    // there is one product in the code, whoever is in which round.
+    uint4 first[kFragments], second[kFragments];
+    Part of_first, of_second;
+    fetch(first, of_first);
+    fetch(second, of_second);
+#pragma unroll 1
+    for (bool even = true;; even = !even) {
+      uint4 ds[kFragments];
+      const Part part = even ? of_first : of_second;
+      if (part.index < 0) break;
+      if (even) {
+        take(ds, first);
+        fetch(first, of_first);
+      } else {
+        take(ds, second);
+        fetch(second, of_second);
+      }
+      multiply(ds, part);
     }
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(address(barriers.plan_empty[round & 1]));
-    const QueryGrads& out = p.grads.dq;
-    const bool unchanged = !any && out.begun && out.result == nullptr;
-    if (tile.first + token < work.chunk.num_rows && !unchanged) {
+    slot = slot.after(count - position, size);
+    first_part += count;
+    release();
+    if (tile.first + token < work.chunk.num_rows) {
       const int64_t row = (work.chunk.first_row + tile.first + token) * p.shape.num_heads_q +
                           tile.head * group + slab * kSlabRows;
-      int64_t at[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int slab_row = lane / 4 + 8 * h;
-        at[h] = slab * kSlabRows + slab_row < group ? (row + slab_row) * kDim : -1;
-      }
-      put_query_grads<T, true, 32>(out, dq, static_cast<float>(p.softmax_scale), at, lane);
+      put_gradient<T>(dq, any, p, row, group - slab * kSlabRows, lane);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -326,8 +456,8 @@ bool selected_attention_bwd_queries(const Params& p, const SelectedBwdChunk& chu
         if constexpr (kDimQK == kDimV) {
           using Layout = QueriesLayout<kDimQK>;
           CUtensorMap map;
-          if (!make_tensor_map(&map, p.dtype, p.k, p.seqs.key_rows, p.shape.num_heads_kv, kDimQK, kKeyTile,
-                               1))
+          if (!make_panel_tensor_map(&map, p.dtype, p.k, p.seqs.key_rows, p.shape.num_heads_kv, kDimQK,
+                                     kKeyTile))
             return false;
           QueriesWork work{};
           work.chunk = chunk;
@@ -335,16 +465,16 @@ bool selected_attention_bwd_queries(const Params& p, const SelectedBwdChunk& chu
           work.tiles = ceil_div(chunk.num_rows, work.tokens);
           work.all = work.tiles * p.shape.num_heads_kv;
           work.words = static_cast<int>(ceil_div(chunk.num_blocks, 32));
-          work.entries = work.tokens * p.num_selected_blocks;
-          work.stages = 0;
+          work.parts = work.tokens * p.num_selected_blocks * chunk.ds.parts;
           const int64_t available =
-              device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - Layout::bytes(work);
-          work.stages = static_cast<int>(min64(kMaxStages, available / Layout::kTile));
-          if (work.stages < 2) return false;
+              device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - Layout::bytes(work, 0);
+          const int stages = static_cast<int>(min64(kMaxKeyStages, available / Layout::kTile));
+          if (stages < 2) return false;
           const int64_t grid = min64(work.all, device_attribute(cudaDevAttrMultiProcessorCount));
           *status = launch("selected_attention_bwd_queries_sm90",
                            selected_attention_bwd_queries_sm90<T, kDimQK>, dim3(static_cast<unsigned>(grid)),
-                           kThreads, static_cast<size_t>(Layout::bytes(work)), stream, p, work, map);
+                           kThreads, static_cast<size_t>(Layout::bytes(work, stages)), stream, p, work,
+                           RingSize(stages), map);
           return true;
         } else {
           return false;
