@@ -190,45 +190,98 @@ __device__ void find_keys(const Inversion& x, int64_t block, WorkItem* item) {
   item->shift = static_cast<int>(seq.position(-seq.q_begin) + 1 - begin);
 }
 
-// The items of one chunk, head by head and block by block.
+// A list in one chunk: where its entries of every stretch of rows begin, and into how many items they are
+// cut.
+struct ChunkList {
+  const Inversion& x;
+  int64_t begin, end;  // of the chunk, in counts
+  int head, block;
+
+  // The list's entries of the rows before stretch s of the chunk, counted over all chunks.
+  __device__ int before(int s) const {
+    const int64_t stretch_counts = x.plan.stretch_tokens / x.plan.count_tokens;
+    return x.lists.starts[x.start(head, min64(begin + s * stretch_counts, end), block)];
+  }
+  __device__ int pieces(int length) const {
+    if (length == 0) return 0;
+    return length < 2 * x.plan.split ? 1 : length / x.plan.split;
+  }
+  __device__ int pieces_before(int s) const {
+    int sum = 0;
+    for (int i = 0, from = before(0); i < s; ++i) {
+      const int to = before(i + 1);
+      sum += pieces(to - from);
+      from = to;
+    }
+    return sum;
+  }
+};
+
+// The items of one chunk: head by head, stretch by stretch of its rows, block by block.
 __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inversion x) {
   const InvertPlan& plan = x.plan;
   const int64_t chunk = blockIdx.x, ratio = plan.chunk_tokens / plan.count_tokens;
   const int64_t begin = chunk * ratio, end = min64(begin + ratio, plan.num_counts);
-  const int64_t candidates = x.num_heads_kv * plan.num_blocks * plan.parts;
+  const int tiles = static_cast<int>(plan.num_blocks) * plan.parts;  // of a head's keys
+  const int candidates = x.num_heads_kv * tiles;
   WorkItem* items = x.lists.items + chunk * plan.max_items;
-  int total[3] = {0, 0, 0};  // items, partial sums, split lists
-  for (int64_t i = threadIdx.x; i - threadIdx.x < candidates; i += kScanThreads) {
-    const int64_t list = i / plan.parts;
-    WorkItem item{};
-    int length = 0, pieces = 0;
+  int* partials = x.lists.first_partials + chunk * candidates;  // of a list; -1: it is one item
+  const auto list_of = [&](int i, int head) {
+    return ChunkList{x, begin, end, head, i % tiles / plan.parts};
+  };
+  int num_partials[1] = {0};
+  for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < candidates; i += kScanThreads) {
+    int place[1] = {0};
+    bool is_split = false;
     if (i < candidates) {
-      const int64_t block = list % plan.num_blocks;
-      item.head = static_cast<int16_t>(list / plan.num_blocks);
-      item.part = static_cast<int16_t>(i % plan.parts);
-      const int before = x.lists.starts[x.start(item.head, begin, block)];
-      length = x.lists.starts[x.start(item.head, end, block)] - before;
-      item.first = x.lists.bases[list] + before;
-      if (length > 0) find_keys(x, block, &item);
-      if (item.num_keys > 0) pieces = length < 2 * plan.split ? 1 : length / plan.split;
+      const int pieces = list_of(i, i / tiles).pieces_before(plan.stretches);
+      is_split = pieces > 1;
+      place[0] = is_split ? pieces : 0;
     }
-    int place[3] = {pieces, pieces > 1 ? pieces : 0, pieces > 1 ? 1 : 0};
+    block_scan(place, num_partials);
+    if (i < candidates) partials[i] = is_split ? place[0] : -1;
+  }
+  __syncthreads();
+  int total[2] = {0, 0};  // items, split lists
+  const int all = candidates * plan.stretches;
+  for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < all; i += kScanThreads) {
+    WorkItem item{};
+    int length = 0, pieces = 0, first_piece = 0, partial = -1;
+    bool leads = false;
+    if (i < all) {
+      const int head = i / (tiles * plan.stretches), stretch = i / tiles % plan.stretches;
+      const ChunkList list = list_of(i, head);
+      item.head = static_cast<int16_t>(head);
+      item.part = static_cast<int16_t>(i % plan.parts);
+      const int from = list.before(stretch);
+      length = list.before(stretch + 1) - from;
+      item.first = x.lists.bases[head * plan.num_blocks + list.block] + from;
+      if (length > 0) find_keys(x, list.block, &item);
+      if (item.num_keys > 0) {
+        pieces = list.pieces(length);
+        partial = partials[head * tiles + i % tiles];
+        if (partial >= 0) first_piece = list.pieces_before(stretch);
+        leads = partial >= 0 && first_piece == 0;
+        if (leads) item.followers = list.pieces_before(plan.stretches) - 1;
+      }
+    }
+    int place[2] = {pieces, leads ? 1 : 0};
     block_scan(place, total);
-    if (pieces > 1) x.lists.splits[chunk * plan.max_splits + place[2]] = place[0];
+    if (leads) x.lists.splits[chunk * plan.max_splits + place[1]] = place[0];
     const int first = item.first;
     for (int piece = 0, from = 0; piece < pieces; ++piece) {
       const int to = static_cast<int>(static_cast<uint32_t>(length) * (piece + 1) / pieces);
       item.first = first + from;
       item.count = to - from;
+      item.partial = partial < 0 ? -1 : partial + first_piece + piece;
       from = to;
-      item.partial = pieces > 1 ? place[1] + piece : -1;
-      item.followers = pieces > 1 && piece == 0 ? pieces - 1 : 0;
       items[place[0] + piece] = item;
+      item.followers = 0;
     }
   }
   if (threadIdx.x == 0) {
     x.lists.num_items[chunk] = total[0];
-    x.lists.num_splits[chunk] = total[2];
+    x.lists.num_splits[chunk] = total[1];
     for (int pass = 0; pass < kMaxPasses; ++pass) x.lists.tickets[pass * plan.num_chunks + chunk] = 0;
   }
 }
@@ -283,9 +336,14 @@ InvertPlan::InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int mo
   const int64_t choices = min64(rows, chunk_tokens) * n;  // of a head in a chunk
   split = kMaxItemTokens / 2;
   while (split > 64 && choices * heads / split < kBackwardItems) split /= 2;
-  max_items = parts * heads * (min64(num_blocks, choices) + choices / split);
-  max_partials = parts * heads * (choices / split);
-  max_splits = max_partials / 2;
+  // Stretches in which an average list has `split` entries.
+  stretch_tokens = count_tokens;
+  while (stretch_tokens < chunk_tokens && stretch_tokens * n < split * num_blocks) stretch_tokens *= 2;
+  stretches = static_cast<int>(ceil_div(min64(rows, chunk_tokens), stretch_tokens));
+  const int64_t lists = min64(num_blocks * stretches, choices);
+  max_items = parts * heads * (lists + choices / split);
+  max_partials = parts * heads * (stretches == 1 ? choices / split : lists + choices / split);
+  max_splits = parts * heads * min64(num_blocks, choices / 2);
 }
 
 BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& plan, int64_t* bytes) {
@@ -295,6 +353,7 @@ BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& pl
   bases = carve<int>(p.workspace, heads * plan.num_blocks, bytes);
   items = carve<WorkItem>(p.workspace, plan.num_chunks * plan.max_items, bytes);
   splits = carve<int>(p.workspace, plan.num_chunks * plan.max_splits, bytes);
+  first_partials = carve<int>(p.workspace, plan.num_chunks * heads * plan.num_blocks * plan.parts, bytes);
   num_items = carve<int>(p.workspace, plan.num_chunks, bytes);
   num_splits = carve<int>(p.workspace, plan.num_chunks, bytes);
   tickets = carve<int>(p.workspace, kMaxPasses * plan.num_chunks, bytes);

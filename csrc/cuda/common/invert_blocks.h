@@ -39,7 +39,10 @@ struct InvertPlan {
   int key_tile, parts;  // keys of an item; tiles of a block
   int count_tokens;     // rows that one thread block sorts
   int chunk_tokens;     // rows of a chunk
-  int split;            // lists of twice as many entries, or more, are split
+  int stretch_tokens;   // rows of a stretch: items hold rows of one, and go through a head's one after
+                        // another, so that what is at work together finds its rows in the cache
+  int stretches;        // of a chunk
+  int split;            // runs of twice as many entries, or more, are split
   int64_t num_blocks;   // of the batch, unused numbers included
   int64_t num_counts, num_chunks;
   int64_t max_items, max_partials, max_splits;  // of a chunk
@@ -49,14 +52,15 @@ struct InvertPlan {
 
 // All in the workspace.
 struct BlockLists {
-  uint32_t* entries;  // [Hkv, T * n]: by block, then by token
-  int* starts;        // [Hkv, num_counts + 1, num_blocks]: entries of a block before these rows
-  int* bases;         // [Hkv, num_blocks]: where a block begins
-  WorkItem* items;    // [num_chunks, max_items]
-  int* splits;        // [num_chunks, max_splits]: the first items of lists that are split
-  int* num_items;     // [num_chunks]
-  int* num_splits;    // [num_chunks]
-  int* tickets;       // [kMaxPasses, num_chunks]: zeroed, for those who take items
+  uint32_t* entries;    // [Hkv, T * n]: by block, then by token
+  int* starts;          // [Hkv, num_counts + 1, num_blocks]: entries of a block before these rows
+  int* bases;           // [Hkv, num_blocks]: where a block begins
+  WorkItem* items;      // [num_chunks, max_items]
+  int* splits;          // [num_chunks, max_splits]: the first items of lists that are split
+  int* first_partials;  // [num_chunks, Hkv, num_blocks * parts]
+  int* num_items;       // [num_chunks]
+  int* num_splits;      // [num_chunks]
+  int* tickets;         // [kMaxPasses, num_chunks]: zeroed, for those who take items
 
   // Where the lists lie in a workspace; *bytes is advanced past them.
   BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& plan, int64_t* bytes);

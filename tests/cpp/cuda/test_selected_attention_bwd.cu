@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <map>
 #include <random>
+#include <set>
 
 #include "attention_check.h"
 #include "catch2_bridge.h"
@@ -253,33 +254,40 @@ void check_lists(const Batch& batch, int heads_kv, int64_t block_size, int n, in
   };
   std::vector<uint32_t> entries;
   std::vector<nsa::cuda::WorkItem> items;
-  std::vector<int> num_items;
+  std::vector<int> num_items, num_splits, splits;
   read(&entries, lists.entries, batch.total_q() * heads_kv * n);
   read(&num_items, lists.num_items, plan.num_chunks);
+  read(&num_splits, lists.num_splits, plan.num_chunks);
   int wrong = 0;
   for (int64_t chunk = 0; chunk < plan.num_chunks; ++chunk) {
     REQUIRE(num_items[chunk] <= plan.max_items);
     read(&items, lists.items + chunk * plan.max_items, num_items[chunk]);
-    int followers = 0, partials = 0;
-    for (const auto& item : items) {
+    read(&splits, lists.splits + chunk * plan.max_splits, num_splits[chunk]);
+    std::map<Key, std::vector<nsa::cuda::WorkItem>> pieces;
+    std::vector<int> leaders;
+    for (size_t i = 0; i < items.size(); ++i) {
+      const auto& item = items[i];
       const Key key{item.head, item.key_row, chunk};
       std::vector<uint32_t>& list = actual[key];
       const uint32_t* begin = &entries[static_cast<size_t>(item.head * batch.total_q() * n + item.first)];
       list.insert(list.end(), begin, begin + item.count);
       wrong += item.num_keys != keys[key] || item.shift != shifts[key];
       wrong += item.count < 1 || item.count > nsa::cuda::kMaxItemTokens;
-      wrong += followers > 0 && (item.partial != partials || item.followers != 0);
-      if (followers > 0) {
-        --followers;
-      } else if (item.followers > 0) {
-        followers = item.followers;
-        wrong += item.partial != partials;
-      } else {
-        wrong += item.partial != -1;
-      }
-      partials += item.partial >= 0;
+      pieces[key].push_back(item);
+      if (item.followers > 0) leaders.push_back(static_cast<int>(i));
     }
-    wrong += partials > plan.max_partials || followers != 0;
+    wrong += leaders != splits;
+    // The sums of a list that is split lie one after another, and nobody else's there.
+    std::set<int> partials;
+    for (const auto& [key, list] : pieces) {
+      wrong += list[0].followers != static_cast<int>(list.size()) - 1;
+      if (list.size() == 1) wrong += list[0].partial != -1;
+      for (size_t i = 0; list.size() > 1 && i < list.size(); ++i) {
+        wrong += list[i].partial != list[0].partial + static_cast<int>(i) || list[i].partial < 0;
+        wrong += list[i].partial >= plan.max_partials || !partials.insert(list[i].partial).second;
+        wrong += i > 0 && list[i].followers != 0;
+      }
+    }
   }
   CHECK(wrong == 0);
   CHECK(actual == expected);
