@@ -3,8 +3,8 @@
 // A thread block takes 12 slabs of query rows at a time, a warp each: adjacent tokens of one KV head. One
 // warp lists the blocks that any of them chose, one tile ahead; one brings K of these, once, through a ring
 // by TMA; one zeroes what no token sees. A warp goes from one of its own blocks to the next, by mma.sync; a
-// block that most warps of a warpgroup chose is one wgmma product for all four. Fragments of
-// dS are fetched two blocks ahead.
+// block that most warps of a warpgroup chose is one wgmma product for all four, in tiles where that is the
+// rule. Fragments of dS are fetched two blocks ahead.
 #include "cuda/common/choices.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -30,7 +30,8 @@ constexpr int kFragments = kKeyTile / 16;
 
 // The key tiles that a tile of queries needs, in shared memory.
 struct Plan {
-  int* count;
+  int* count;        // of parts
+  int* together;     // whether warpgroups take parts together
   Choosable* token;  // [kConsumers]
   uint32_t* bitmap;  // [words]
   int* rank;         // [words]: blocks before this word
@@ -45,6 +46,7 @@ struct Plan {
   }
   __device__ Plan(unsigned char* memory, int words, int parts)
       : count(reinterpret_cast<int*>(memory)),
+        together(count + 1),
         token(reinterpret_cast<Choosable*>(memory + 16)),
         bitmap(reinterpret_cast<uint32_t*>(token + kConsumers)),
         rank(reinterpret_cast<int*>(bitmap + words)),
@@ -152,6 +154,24 @@ __device__ void make_plan(const Params& p, const QueriesWork& work, const Tile& 
     }
   }
   __syncwarp();
+  // Products of a warpgroup make its warps wait for each other: they pay where most choices are common.
+  int common = 0;
+  for (int i = lane; i < count; i += 32) {
+    const uint32_t warps = plan.warps[i];
+#pragma unroll
+    for (int group = 0; group < kConsumers / 4; ++group) {
+      const uint32_t chosen = warps >> (group * 4) & 15;
+      common += is_together<kKeyTile>(chosen) ? __popc(chosen) : -__popc(chosen);
+    }
+  }
+  common = __reduce_add_sync(~0u, common);
+  if (lane == 0) *plan.together = common > 0;
+  __syncwarp();
+}
+
+// Whether the four warps that `chosen` names take a part together.
+__device__ __forceinline__ bool is_shared(uint32_t chosen, bool together) {
+  return together && is_together<kKeyTile>(chosen);
 }
 
 // One thread: K of the plan's parts into the ring. Warps that do not take a part never look at it: this one
@@ -162,6 +182,7 @@ __device__ __forceinline__ void bring_keys(const Plan& plan, int head, const CUt
                                            SlotPosition& at_slot, uint32_t& issued) {
   using Layout = QueriesLayout<kDim>;
   const int count = *plan.count;
+  const bool together = *plan.together != 0;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const uint32_t warps = plan.warps[i];
@@ -169,7 +190,7 @@ __device__ __forceinline__ void bring_keys(const Plan& plan, int head, const CUt
 #pragma unroll
     for (int group = 0; group < kConsumers / 4; ++group) {
       const uint32_t chosen = warps >> (group * 4) & 15;
-      absent += is_together<kKeyTile>(chosen) ? 0 : 4 - __popc(chosen);
+      absent += is_shared(chosen, together) ? 0 : 4 - __popc(chosen);
     }
     const int s = at_slot.slot;
     ptx::barrier_wait(at(control.empty[s]), at_slot.phase ^ 1);
@@ -222,14 +243,14 @@ class OwnParts {
   };
 
   __device__ __forceinline__ OwnParts(const Plan& plan, int warp, int lane)
-      : warps_(plan.warps), count_(*plan.count), warp_(warp), lane_(lane) {}
+      : warps_(plan.warps), count_(*plan.count), warp_(warp), lane_(lane), shares_(*plan.together != 0) {}
 
   __device__ __forceinline__ Part next() {
     while (left_ == 0) {
       if (end_ >= count_) return {-1, false, false};
       const uint32_t group = end_ + lane_ < count_ ? warps_[end_ + lane_] >> (warp_ & ~3) & 15 : 0;
       end_ += 32;
-      together_ = __ballot_sync(~0u, is_together<kKeyTile>(group));
+      together_ = __ballot_sync(~0u, is_shared(group, shares_));
       own_ = __ballot_sync(~0u, group >> (warp_ & 3) & 1);
       left_ = own_ | together_;
     }
@@ -241,6 +262,7 @@ class OwnParts {
  private:
   const uint32_t* warps_;
   int count_, warp_, lane_, end_ = 0;
+  bool shares_;
   uint32_t left_ = 0, own_ = 0, together_ = 0;
 };
 
