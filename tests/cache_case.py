@@ -37,6 +37,10 @@ CACHE_CASES = (
     Case("window_one", (75, 20), queries=(1, 2), window=1, dims=(64, 64)),
     Case("window_beyond", (75, 20), queries=(1, 2), window=1000, dims=(64, 64)),
     Case("idle", (40, 50), queries=(0, 0), pad=(2, 0), dims=(64, 64)),
+    # Several splits and tiles a warp; more tokens and heads than a GPU has room for clusters.
+    Case("long", (7000, 3100), queries=(1, 3), heads=(16, 1), dims=(64, 64), select=(16, 1, 2), window=512),
+    Case("crowd", tuple(range(40, 240, 10)), queries=(2,) * 20, heads=(6, 3), dims=(64, 64)),
+    Case("larger_crowd", tuple(range(40, 240, 5)), queries=(2,) * 40, heads=(8, 4), dims=(64, 64)),
 )
 LAYOUTS = ("contiguous", "paged", "ring", "paged_ring")
 

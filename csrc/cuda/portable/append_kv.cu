@@ -6,6 +6,7 @@
 // steps pack the tokens of all finished blocks and take the kernel of nsa::compress.
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/cached_sequence.cuh"
 
 namespace nsa::cuda::portable {
@@ -137,6 +138,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     append_hidden_portable(const __grid_constant__ AppendKvParams p,
                            const __grid_constant__ AppendPlan plan) {
   __shared__ HiddenShared shared;
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const TokenStream& stream = stream_of(p, blockIdx.y);
   const CompressFwdParams& phi = stream.phi;
   const int offset = blockIdx.x, num_slots = static_cast<int>(p.seqs.batch) * plan.blocks_per_sequence;
@@ -237,9 +240,15 @@ __device__ void finish_block(const AppendKvParams& p, const AppendPlan& plan, in
   }
 }
 
+// 16 bytes on their way to one of the caches.
+struct Chunk {
+  uint4 value;
+  uint4* target = nullptr;  // null: nowhere
+};
+
 template <typename T>
-__device__ __forceinline__ void store_chunk(const RowsView& from, const CachedRows& to, const Sequence& seq,
-                                            int64_t b, int64_t i, int head, int chunk) {
+__device__ __forceinline__ void load_chunk(Chunk* out, const RowsView& from, const CachedRows& to,
+                                           const Sequence& seq, int64_t b, int64_t i, int head, int chunk) {
   if (from.data == nullptr) return;
   // Of what a ring cannot hold, the last tokens.
   if (to.block_table == nullptr && i < seq.q_len - to.page_rows) return;
@@ -248,8 +257,8 @@ __device__ __forceinline__ void store_chunk(const RowsView& from, const CachedRo
   if (at < 0) return;
   const T* source =
       static_cast<const T*>(from.data) + (seq.q_begin + i) * from.stride_row + head * from.stride_head;
-  reinterpret_cast<uint4*>(static_cast<T*>(to.data) + at)[chunk] =
-      reinterpret_cast<const uint4*>(source)[chunk];
+  out->value = reinterpret_cast<const uint4*>(source)[chunk];
+  out->target = reinterpret_cast<uint4*>(static_cast<T*>(to.data) + at) + chunk;
 }
 
 // 16 bytes of a token and head, to every stream.
@@ -266,13 +275,23 @@ __device__ void store_token(const AppendKvParams& p, unsigned block) {
   const int64_t b = find_sequence(p.seqs, row);
   if (b < 0) return;
   const Sequence seq = clamped_sequence(p.seqs, b);
+  // All loads before the first store, which the compiler has to keep in front of any load behind it.
+  Chunk chunks_of[2][3];
+#pragma unroll
   for (int which = 0; which < 2; ++which) {
-    const TokenStream& stream = stream_of(p, which);
+    const TokenStream& stream = which == 0 ? p.k : p.v;
     if (chunk >= stream.phi.head_dim / kVector) continue;
     const int64_t i = row - seq.q_begin;
-    store_chunk<T>(stream.slc, stream.slc_cache, seq, b, i, head, chunk);
-    store_chunk<T>(stream.swa, stream.swa_cache, seq, b, i, head, chunk);
-    store_chunk<T>(stream.cmp, stream.tail, seq, b, i, head, chunk);
+    load_chunk<T>(&chunks_of[which][0], stream.slc, stream.slc_cache, seq, b, i, head, chunk);
+    load_chunk<T>(&chunks_of[which][1], stream.swa, stream.swa_cache, seq, b, i, head, chunk);
+    load_chunk<T>(&chunks_of[which][2], stream.cmp, stream.tail, seq, b, i, head, chunk);
+  }
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+#pragma unroll
+    for (int to = 0; to < 3; ++to) {
+      if (chunks_of[which][to].target != nullptr) *chunks_of[which][to].target = chunks_of[which][to].value;
+    }
   }
 }
 
@@ -280,6 +299,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     append_store_portable(const __grid_constant__ AppendKvParams p, const __grid_constant__ AppendPlan plan,
                           const int num_finish) {
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   if (static_cast<int>(blockIdx.x) < num_finish) {
     finish_block<T>(p, plan, blockIdx.x);
   } else {
@@ -440,18 +461,17 @@ Status append_kv(const AppendKvParams& p, const Stream& stream) {
   return dispatch_half(p.k.phi.dtype, [&]<typename T>() {
     const int64_t heads = p.k.phi.num_heads, length = p.k.phi.blocks.block;
     const int64_t blocks = p.seqs.batch * plan.blocks_per_sequence;
-    const Status status =
-        plan.packed
-            ? compress_packed<T>(p, plan, stream)
-            : launch("append_hidden_portable", append_hidden_portable<T>,
-                     dim3(static_cast<unsigned>(length), 2, static_cast<unsigned>(min64(blocks, kMaxSlots))),
-                     kThreads, 0, stream, p, plan);
+    const Status status = plan.packed ? compress_packed<T>(p, plan, stream)
+                                      : launch_chained("append_hidden_portable", append_hidden_portable<T>,
+                                                       dim3(static_cast<unsigned>(length), 2,
+                                                            static_cast<unsigned>(min64(blocks, kMaxSlots))),
+                                                       kThreads, 0, stream, p, plan);
     if (!status.ok()) return status;
     const int num_finish = plan.packed ? 0 : static_cast<int>(blocks * heads * 2);
     const int64_t chunks = max64(p.k.phi.head_dim, p.v.phi.head_dim) / kVector;
-    return launch("append_store_portable", append_store_portable<T>,
-                  dim3(num_finish + thread_blocks(p.seqs.total_q * heads * chunks)), kThreads, 0, stream, p,
-                  plan, num_finish);
+    return launch_chained("append_store_portable", append_store_portable<T>,
+                          dim3(num_finish + thread_blocks(p.seqs.total_q * heads * chunks)), kThreads, 0,
+                          stream, p, plan, num_finish);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/portable/decode_tile.cuh"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/top_k.cuh"
 
 namespace nsa::cuda::portable {
@@ -61,6 +62,8 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
     decode_banded_portable(const DecodeAttentionParams p, const DecodePlan plan) {
   constexpr int kKeys = DecodeLayout<kDimQK, kDimV>::kKeys;
   extern __shared__ __align__(16) unsigned char shared[];
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const uint32_t base = ptx::shared_address(shared);
   const int head = blockIdx.y, group = p.shape.group(), lane = threadIdx.x & 31;
   const int64_t b = blockIdx.z / plan.row_tiles;
@@ -177,6 +180,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float staged[kStagedScores];
   __shared__ BestOfBlock<kThreads> best;
   __shared__ bool last;
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const int head = blockIdx.y, group = p.shape.group(), n = p.num_selected_blocks;
   const TokenBlock token = find_token(p, blockIdx.z);
   if (token.b < 0) {
@@ -251,6 +256,8 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
   static_assert(Layout::kThreads >= kMaxSplits);
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int block[kMaxSplits];
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const uint32_t base = ptx::shared_address(shared);
   const int head = blockIdx.y, group = p.shape.group(), n = p.num_selected_blocks;
   const int slab = blockIdx.z % plan.slabs;
@@ -327,6 +334,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kVectors = kDimV / 4, kParallel = kThreads / kVectors;
   __shared__ float weights[2 * kMaxSplits + kMaxWindowSplits];
   __shared__ float4 partial[kParallel][kVectors];
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const int64_t token = blockIdx.y, row = token * p.shape.num_heads_q + blockIdx.x;
   if (find_sequence(p.seqs, token) < 0) return;
   const int warp = threadIdx.x >> 5, parts = plan.parts();
@@ -441,20 +450,21 @@ Status decode_attention(const DecodeAttentionParams& p, const Stream& stream) {
   return dispatch_half(p.dtype, [&]<typename T>() {
     return dispatch_head_dims(p.shape.head_dim_qk, p.shape.head_dim_v, [&]<int kDimQK, int kDimV>() {
       using Layout = DecodeLayout<kDimQK, kDimV>;
-      Status status = launch("decode_banded_portable", decode_banded_portable<T, kDimQK, kDimV>,
-                             dim3(plan.cmp_splits + plan.window_splits, heads,
-                                  static_cast<unsigned>(p.seqs.batch * plan.row_tiles)),
-                             Layout::kThreads, Layout::kBytes, stream, p, plan);
+      Status status = launch_chained("decode_banded_portable", decode_banded_portable<T, kDimQK, kDimV>,
+                                     dim3(plan.cmp_splits + plan.window_splits, heads,
+                                          static_cast<unsigned>(p.seqs.batch * plan.row_tiles)),
+                                     Layout::kThreads, Layout::kBytes, stream, p, plan);
       if (!status.ok()) return status;
-      status = launch("decode_select_portable", decode_select_portable<T>,
-                      dim3(plan.score_splits, heads, tokens), kThreads, 0, stream, p, plan);
+      status = launch_chained("decode_select_portable", decode_select_portable<T>,
+                              dim3(plan.score_splits, heads, tokens), kThreads, 0, stream, p, plan);
       if (!status.ok()) return status;
-      status = launch("decode_chosen_portable", decode_chosen_portable<T, kDimQK, kDimV>,
-                      dim3(plan.chosen_splits, heads, tokens * plan.slabs), Layout::kThreads, Layout::kBytes,
-                      stream, p, plan);
+      status = launch_chained("decode_chosen_portable", decode_chosen_portable<T, kDimQK, kDimV>,
+                              dim3(plan.chosen_splits, heads, tokens * plan.slabs), Layout::kThreads,
+                              Layout::kBytes, stream, p, plan);
       if (!status.ok()) return status;
-      return launch("decode_merge_portable", decode_merge_portable<T, kDimV>,
-                    dim3(static_cast<unsigned>(p.shape.num_heads_q), tokens), kThreads, 0, stream, p, plan);
+      return launch_chained("decode_merge_portable", decode_merge_portable<T, kDimV>,
+                            dim3(static_cast<unsigned>(p.shape.num_heads_q), tokens), kThreads, 0, stream, p,
+                            plan);
     });
   });
 }
