@@ -98,63 +98,98 @@ __device__ __forceinline__ void choose_blocks(int32_t* out, const float* scores,
 // Scratch of choose_blocks_by_block.
 template <int kThreads>
 struct BestOfBlock {
-  int maxima[kThreads];
+  alignas(16) int maxima[kThreads];
   int candidate[kThreads];  // index of a score
   int chosen[kThreads];
   int bound, held;
-  int key[kMaxCandidates], index[kMaxCandidates];  // for choose_blocks
+  int counts[2];
 };
 
-// choose_blocks by all threads of a block: few candidates are left above the k-th largest of kThreads partial
-// maxima, and each finds its rank by comparison with all others.
+// A score and its index as one number: the larger score, then the lower index, is larger.
+__device__ __forceinline__ uint64_t ranked_score(float score, int index) {
+  return static_cast<uint64_t>(score_key(score)) << 24 | (0xffffff - index);
+}
+
+// choose_blocks by all threads of a block: few candidates are left above the k-th largest of partial maxima,
+// and each finds its rank by comparison with all others. Small code matters: a decoding step runs it cold.
 template <int kThreads>
 __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float* scores, int own, int n,
                                                        int num_initial, int num_local,
                                                        BestOfBlock<kThreads>& best) {
+  constexpr int kMaxima = kThreads / 2;  // not fewer than k
+  static_assert(kMaxima >= 64);
   const int thread = threadIdx.x;
   const int initial = min(num_initial, own + 1), local = max(initial, own + 1 - num_local);
   const int count = local - initial, k = min(n - initial - (own + 1 - local), count);
   const float* candidates = scores + initial;
-  if (thread == 0) best.held = 0;
-  int high = -1;
-#pragma unroll 4
-  for (int i = thread; i < count; i += kThreads) high = max(high, score_key(candidates[i]));
-  best.maxima[thread] = high;
-  __syncthreads();
-  if (k > 0 && k < count) {
-    int rank = 0;
-#pragma unroll 16
-    for (int i = 0; i < kThreads; ++i)
-      rank += best.maxima[i] > high || (best.maxima[i] == high && i < thread);
-    if (rank == min(k, kThreads) - 1) best.bound = high;
-    __syncthreads();
-    const int bound = best.bound;
-    for (int i = thread; i < count; i += kThreads) {
-      if (score_key(candidates[i]) < bound) continue;
-      const int at = atomicAdd(&best.held, 1);
-      if (at < kThreads) best.candidate[at] = i;
-    }
-    __syncthreads();
-  }
-  const int held = best.held;
-  if (held > kThreads) {
-    if (thread < 32) choose_blocks(out, scores, own, n, num_initial, num_local, best.key, best.index, thread);
-    return;
-  }
+#pragma unroll 1
   for (int i = thread; i < initial; i += kThreads) out[i] = i;
+#pragma unroll 1
   for (int i = thread; i < n - initial - k; i += kThreads)
     out[initial + k + i] = local + i <= own ? local + i : -1;
   if (k == count) {
+#pragma unroll 1
     for (int i = thread; i < k; i += kThreads) out[initial + i] = initial + i;
     return;
   }
   if (k <= 0) return;
+  if (thread == 0) best.held = 0;
+  int high = -1;
+#pragma unroll 4
+  for (int i = thread; i < count; i += kThreads) high = max(high, score_key(candidates[i]));
+  high = max(high, __shfl_xor_sync(~0u, high, 1));
+  if ((thread & 1) == 0) best.maxima[thread / 2] = high;
+  __syncthreads();
+  int above = 0, reaching = 0;
+#pragma unroll 4
+  for (int i = 0; i < kMaxima; i += 4) {
+    const int4 other = *reinterpret_cast<const int4*>(&best.maxima[i]);
+    above += (other.x > high) + (other.y > high) + (other.z > high) + (other.w > high);
+    reaching += (other.x >= high) + (other.y >= high) + (other.z >= high) + (other.w >= high);
+  }
+  if (above < k && reaching >= k) best.bound = high;  // all that write write the same
+  __syncthreads();
+  const int bound = best.bound;
+#pragma unroll 1
+  for (int i = thread; i < count; i += kThreads) {
+    if (score_key(candidates[i]) < bound) continue;
+    const int at = atomicAdd(&best.held, 1);
+    if (at < kThreads) best.candidate[at] = i;
+  }
+  __syncthreads();
+  int held = best.held;
+  if (held > kThreads) {
+    // Many equal scores: the k-th largest number of all, bit by bit.
+    uint64_t kth = 0;
+#pragma unroll 1
+    for (int bit = 54; bit >= 0; --bit) {
+      const uint64_t trial = kth | uint64_t{1} << bit;
+      int reach = 0;
+#pragma unroll 1
+      for (int i = thread; i < count; i += kThreads) reach += ranked_score(candidates[i], i) >= trial;
+      if (thread == 0) best.counts[bit & 1] = 0;
+      __syncthreads();
+      reach = __reduce_add_sync(~0u, reach);
+      if ((thread & 31) == 0) atomicAdd(&best.counts[bit & 1], reach);
+      __syncthreads();
+      if (best.counts[bit & 1] >= k) kth = trial;
+    }
+    if (thread == 0) best.held = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < count; i += kThreads) {
+      if (ranked_score(candidates[i], i) >= kth) best.candidate[atomicAdd(&best.held, 1)] = i;
+    }
+    __syncthreads();
+    held = best.held;
+  }
   // Neither the order of the candidates nor that of the sums below matters.
   const int index = thread < held ? best.candidate[thread] : 0x7fffffff;
   const int key = thread < held ? score_key(candidates[index]) : -1;
   best.maxima[thread] = key;
   __syncthreads();
   int rank = 0;
+#pragma unroll 4
   for (int i = 0; i < held; ++i)
     rank += best.maxima[i] > key || (best.maxima[i] == key && best.candidate[i] < index);
   const bool chosen = thread < held && rank < k;
@@ -162,6 +197,7 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
   __syncthreads();
   if (!chosen) return;
   int at = 0;
+#pragma unroll 4
   for (int i = 0; i < held; ++i) at += best.chosen[i] < index;
   out[initial + at] = initial + index;
 }
