@@ -183,27 +183,29 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Streams, Tensor]:
         """Queries, keys and values and gate logits of the tokens x [T, C] at their positions."""
         config = self.config
-        suffixes = ("",) if config.share_kv else tuple(f"_{branch}" for branch in _BRANCHES)
-        keys_values = [f"{t}_proj{suffix}" for suffix in suffixes for t in "kv"]
-        names = ("q_proj", *keys_values, "gate_proj")
-        q, *keys_values, gate_logits = _linears(x, [self.get_submodule(name) for name in names])
-        q = apply_rope(q.unflatten(-1, (-1, config.head_dim)), cos, sin)
-        keys = [k.unflatten(-1, (-1, config.head_dim)) for k in keys_values[::2]]
-        values = [v.unflatten(-1, (-1, config.value_dim)) for v in keys_values[1::2]]
-        before = config.compress_rope == "before"  # phi sees rotated keys
+        q = apply_rope(self._heads(self.q_proj, x, config.head_dim), cos, sin)
+        k_slc, v_slc = self._key_value("slc", x)
+        rotated_slc = apply_rope(k_slc, cos, sin)
         if config.share_kv:
-            (k,), (v,) = keys, values
-            rotated = apply_rope(k, cos, sin)
-            streams = Streams((rotated if before else k, v), (rotated, v), (None, None))
+            k_cmp = rotated_slc if config.compress_rope == "before" else k_slc
+            streams = Streams((k_cmp, v_slc), (rotated_slc, v_slc), (None, None))
         else:
-            k_cmp, *others = keys
-            k_cmp = apply_rope(k_cmp, cos, sin) if before else k_cmp
-            rotated = [k_cmp, *(apply_rope(k, cos, sin) for k in others)]
-            streams = Streams(*zip(rotated, values, strict=True))
-        return q, streams, gate_logits.unflatten(-1, (config.num_heads, 3))
+            k_swa, v_swa = self._key_value("swa", x)
+            k_cmp, v_cmp = self._key_value("cmp", x)
+            k_cmp = apply_rope(k_cmp, cos, sin) if config.compress_rope == "before" else k_cmp
+            streams = Streams((k_cmp, v_cmp), (rotated_slc, v_slc), (apply_rope(k_swa, cos, sin), v_swa))
+        return q, streams, self.gate_proj(x).unflatten(-1, (config.num_heads, 3))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+    def _heads(self, projection: nn.Module, x: Tensor, head_dim: int) -> Tensor:
+        return projection(x).unflatten(-1, (-1, head_dim))
+
+    def _key_value(self, branch: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        suffix = "" if self.config.share_kv else f"_{branch}"
+        k_proj, v_proj = getattr(self, f"k_proj{suffix}"), getattr(self, f"v_proj{suffix}")
+        return self._heads(k_proj, x, self.config.head_dim), self._heads(v_proj, x, self.config.value_dim)
 
     def _rope(
         self, position_embeddings: PositionEmbeddings | None, packing: Packing, x: Tensor
@@ -225,33 +227,3 @@ class NativeSparseAttention(nn.Module):
                 raise ValueError(f"position_embeddings: {name} has shape {shape}; it must be {expected}")
             tables.append(packing.pack(table.expand(*leading, dim)))
         return tables[0], tables[1]
-
-
-def _linears(x: Tensor, linears: list[nn.Module]) -> list[Tensor]:
-    """Linear layers of the same x. In training they are one product where they may: narrow ones are bound by
-    reading x and writing its gradient, which then happens once.
-    """
-    if not torch.is_grad_enabled() or not all(_is_plain(linear) for linear in linears):
-        return [linear(x) for linear in linears]
-    y = nn.functional.linear(x, torch.cat([linear.weight for linear in linears]))
-    parts = y.split([linear.out_features for linear in linears], dim=-1)
-    return [
-        part if linear.bias is None else part + linear.bias.to(part.dtype)
-        for part, linear in zip(parts, linears, strict=True)
-    ]
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether its output is x @ weight.T + bias: no adapter, hook, quantised or distributed weight."""
-    hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
-    )
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and "forward" not in vars(linear)
-        and not any(hooks)
-    )
