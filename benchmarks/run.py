@@ -325,7 +325,9 @@ def print_rows(rows: list[dict], absent: list[dict], baseline: str) -> None:
 def save_path(args: argparse.Namespace, device: str) -> Path | None:
     if args.json or not args.save:
         return args.json
-    return RESULTS / device_name(device) / f"{datetime.date.today().isoformat()}-{git_revision()}.json"
+    suffix = "" if args.suite in ("cpu", "training") else f"-{args.suite}"
+    name = f"{datetime.date.today().isoformat()}-{git_revision()}{suffix}.json"
+    return RESULTS / device_name(device) / name
 
 
 def command_line(args: argparse.Namespace) -> str:

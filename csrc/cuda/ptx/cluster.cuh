@@ -12,28 +12,6 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, int rank) {
   return address;
 }
 
-// PTX: %cluster_ctarank.
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// PTX: st.shared::cluster: at an address of cluster_address.
-__device__ __forceinline__ void store_cluster(uint32_t address, float x) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-
-__device__ __forceinline__ void store_cluster(uint32_t address, float2 x) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
-}
-
-__device__ __forceinline__ void store_cluster(uint32_t address, float4 x) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y),
-               "f"(x.z), "f"(x.w)
-               : "memory");
-}
-
 // PTX: barrier.cluster: all threads of all blocks meet.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");

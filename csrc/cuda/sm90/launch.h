@@ -17,8 +17,5 @@ int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks 
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
 bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
-bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status);
-int64_t workspace_bytes(
-    const DecodeAttentionParams& p);  // 0 where decode_attention returns false for the shape
 
 }  // namespace nsa::cuda::sm90
