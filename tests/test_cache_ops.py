@@ -11,7 +11,7 @@ from attention_case import (
     attention_tensors,
 )
 from cache_case import CACHE_CASES, LAYOUTS, CacheCase
-from cases import Case, Inputs, by_target
+from cases import Case, Inputs, by_device, by_target
 from harness import largest_logit, to
 from tolerance import accumulator, assert_close, assert_lse_close
 from torch import Tensor
@@ -68,6 +68,19 @@ def test_decode_attention(case: Case, device: str, dtype: torch.dtype, layout: s
 
 
 KINDS = ("mlp", "linear", "mean")
+
+
+@by_device
+def test_without_a_sequence_all_rows_are_padding(device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    given = arguments("decode_attention", "paged_ring", dtype)
+    for name in ("cache_seqlens", "block_table", "k_swa_cache", "v_swa_cache"):
+        given[name] = given[name][:0]
+    given["cu_seqlens_q"] = torch.zeros(1, dtype=torch.int32)
+    on_device = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    o, block_indices, lse = torch.ops.nsa.decode_attention(**on_device)
+    assert o.shape[0] == given["q"].shape[0] > 0
+    assert (o == 0).all() and (block_indices == -1).all() and (lse == -float("inf")).all()
 
 
 def weights(x: Inputs, kind: str, per_head: bool, dim: int, seed: int) -> list[Tensor | None]:

@@ -81,20 +81,17 @@ Tensor3 decode_attention(const Tensor& q, const Tensor& k_cmp_cache, const Tenso
   cache.values(first, pages);
 
   const CacheStep step(q, args, capacity);
-  if (step.empty()) {  // without a sequence all rows are padding
-    o.zero_();
-    block_indices.fill_(-1);
-    lse.fill_(-std::numeric_limits<double>::infinity());
-    return {o, block_indices, lse};
-  }
-  if (q.is_cpu() && step.rows_q < q.size(0)) {
+  // CUDA kernels write the padding themselves, but none runs without a sequence.
+  if (q.is_cpu() || step.empty()) {
+    const int64_t begin = step.empty() ? 0 : step.rows_q;
     const auto padding = [&](const Tensor& t, int64_t dim) {
-      return t.narrow(dim, step.rows_q, q.size(0) - step.rows_q);
+      return t.narrow(dim, begin, q.size(0) - begin);
     };
     padding(o, 0).zero_();
     padding(block_indices, 0).fill_(-1);
     padding(lse, 1).fill_(-std::numeric_limits<double>::infinity());
   }
+  if (step.empty()) return {o, block_indices, lse};
   const Tensor q_rows = as_rows(q), gates = gate_logits.contiguous();
   DecodeAttentionParams params{};
   params.dtype = dtype_of(q);
