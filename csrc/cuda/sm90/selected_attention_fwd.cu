@@ -65,6 +65,19 @@ struct Consumer {
     if (lane == 0) ptx::barrier_arrive(at(barrier));
   }
 
+  // The same behind a product of this warp alone, acc. An arrival does not wait for ldmatrix in front of it,
+  // and TMA, which then fills the slot again, is another proxy: so the address depends on what came of every
+  // load (one serves two tiles of 8 columns). Lane 0, which arrives, adds nothing to it.
+  template <int kTiles>
+  __device__ __forceinline__ void release_after(const uint64_t& barrier,
+                                                const float (&acc)[kTiles][4]) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int n = 1; n < kTiles; n += 2) bits ^= __float_as_uint(acc[n][3]);
+    __syncwarp();
+    ptx::barrier_arrive_if(at(barrier) + (bits & lane), lane == 0);
+  }
+
   // A warp that has skipped parts may be rounds behind a barrier's phase, where a wait by parity alone would
   // pass too early; so it first waits until the loads of its part are under way.
   __device__ __forceinline__ static void wait_for(const uint32_t& issued, uint32_t part, const uint64_t& full,
@@ -88,13 +101,13 @@ struct Consumer {
     wait_for_k(ring, part);
     multiply_swizzled_transposed<T, kDimQK, kKeys, S::kRows>(score, shared.q(group) + warp * 16 * kPanelPitch,
                                                              shared.k(s), lane);
-    release(c.k_empty[s]);
     mask_scores(score, chosen.tokens, chosen.part() * kKeys);
     softmax.update(score, out, scale);
+    release(c.k_empty[s]);  // its vote took every score, so no load of a key is under way
     pack_fragments<T>(p, score);
     wait_for_v(ring, part);
     multiply_swizzled<T, kDimV, kKeys>(out, p, shared.v(s), lane);
-    release(c.v_empty[s]);
+    release_after(c.v_empty[s], out);
   }
 
   template <int kTiles>
