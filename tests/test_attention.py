@@ -45,6 +45,8 @@ def test_forward_returns_every_branch(case: Case, device: str, dtype: torch.dtyp
     o, indices, o_cmp, o_slc, o_swa, *lse = op("attention_forward")(*tensors.values(), *attention_rest(x))
     alone_o, alone_indices = op("attention")(*tensors.values(), *attention_rest(x))
     assert torch.equal(o, alone_o) and torch.equal(indices, alone_indices)
+    combined = op("gated_combine")(o_cmp, o_slc, o_swa, tensors["gate_logits"])
+    assert torch.equal(o, combined), "the gate, fused or not, is that of gated_combine"
     band = (*x.cu, *case.compress, x.scale)
     window = (*x.cu, case.window, x.scale)
     blocks = (indices, *x.cu, case.block_size, x.scale)

@@ -5,7 +5,7 @@ The case table runs on a GPU in the files of the operators, at the nearest shape
 
 import pytest
 import torch
-from attention_case import attention_tensors, check_attention
+from attention_case import attention_rest, attention_tensors, check_attention
 from cases import CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
 from harness import check, exact_lse, largest_logit, op, to
 from test_compress import phi, rest
@@ -81,6 +81,40 @@ def test_attention(case: Case, dtype: torch.dtype) -> None:
     x = Inputs(case, dtype, "cuda", q_scale=2.0)
     _, indices = check_attention(x, attention_tensors(x), wanted=(), compare_selection=True)
     assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
+
+
+@by_dtype
+@by_case
+@pytest.mark.parametrize("gates", ["as_q", "fp32"])
+def test_gate_of_attention(case: Case, gates: str, dtype: torch.dtype) -> None:
+    """Wherever it is computed, it is gated_combine of the branches bit by bit, gradients wanted or not."""
+    x = Inputs(case, dtype, "cuda", q_scale=2.0)
+    tensors = attention_tensors(x)
+    if gates == "fp32":
+        tensors["gate_logits"] = tensors["gate_logits"].float()
+    o, indices, *branches = op("attention_forward")(*tensors.values(), *attention_rest(x))
+    assert torch.equal(o, op("gated_combine")(*branches[:3], tensors["gate_logits"]))
+    kept = op("attention")(*[t.requires_grad_() for t in tensors.values()], *attention_rest(x))
+    with torch.no_grad():
+        alone = op("attention")(*tensors.values(), *attention_rest(x))
+    for results in (kept, alone):
+        assert torch.equal(results[0], o) and torch.equal(results[1], indices)
+
+
+def test_last_kernel_waits_for_the_window() -> None:
+    """Selected attention may begin while the window is at work, whose output its gate reads at the end."""
+    case = Case("late", (6000,), heads=(32, 2), dims=(128, 128), select=(1, 0, 1), window=6000, packed=False)
+    x = Inputs(case, torch.bfloat16, "cuda")
+    tensors = attention_tensors(x)
+    o, _, *branches = op("attention_forward")(*tensors.values(), *attention_rest(x))
+    expected = op("gated_combine")(*branches[:3], tensors["gate_logits"])
+    del branches
+    for _ in range(10):
+        del o
+        stale = [torch.full_like(expected, float("nan")) for _ in range(4)]
+        del stale  # whose memory the outputs of the branches get
+        o = op("attention")(*tensors.values(), *attention_rest(x))[0]
+        assert torch.equal(o, expected)
 
 
 @by_dtype

@@ -52,6 +52,19 @@ def test_peak_memory() -> None:
     assert torch.cuda.memory_allocated() - start == inputs, "something stays allocated"
 
 
+def test_peak_memory_without_gradients() -> None:
+    """Three outputs of a branch's size: o, into which the selected branch goes too, and the two others'."""
+    length = 65_536
+    tensors = long_inputs(length)
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o, indices = op("attention")(*tensors.values(), *long_arguments(length, length))
+    peak = torch.cuda.max_memory_allocated() - start
+    small = 12 * HEADS * length + indices.nbytes + 2**28  # lse, the selection, a workspace
+    assert peak <= 3 * o.nbytes + small, f"{peak / length:.0f} bytes a token at the peak"
+    assert torch.cuda.memory_allocated() - start <= 1.01 * (o.nbytes + indices.nbytes), "more is kept"
+
+
 @pytest.mark.parametrize("length", [8_192, 16_384])
 def test_many_runs_repeat_bitwise(length: int) -> None:
     """With all of a GPU at work a slot of a ring that is filled again too early shows now and then, in a few

@@ -12,6 +12,7 @@
   X(select_blocks, SelectBlocksParams)                      \
   X(selected_attention_forward, SelectedAttentionFwdParams) \
   X(gated_combine_forward, GatedCombineFwdParams)           \
+  X(attention_forward, AttentionFwdParams)                  \
   X(fill_padding, FillPaddingParams)                        \
   X(append_kv, AppendKvParams)                              \
   X(decode_attention, DecodeAttentionParams)

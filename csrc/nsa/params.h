@@ -173,6 +173,16 @@ struct GatedCombineFwdParams {
   int num_heads;  // Hq
 };
 
+// The forward of nsa::attention: all branches of the same queries and their gate. Every operation reads the
+// others' outputs from where they write them; slc.o may be gate.o, where the selected output is not wanted.
+struct AttentionFwdParams {
+  BandedAttentionFwdParams cmp;
+  SelectBlocksParams select;
+  SelectedAttentionFwdParams slc;
+  BandedAttentionFwdParams swa;
+  GatedCombineFwdParams gate;
+};
+
 // What no query of a sequence owns: the rows from *end_row on, which lies where the data does.
 struct FillPaddingParams {
   void* data;  // [num_rows, row_bytes], contiguous

@@ -1,9 +1,12 @@
 // nsa::attention: the three branches and the gate as one autograd node.
+#include <torch/csrc/autograd/functions/utils.h>
+
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
 #include "ops/gated_combine.h"
 #include "ops/gradients.h"
+#include "ops/launch_device.h"
 #include "ops/ops.h"
 
 namespace nsa::ops {
@@ -62,21 +65,33 @@ const int32_t* end_on_device(const Tensor& q, const Batch& batch) {
   return offsets == nullptr || q.is_cpu() ? nullptr : offsets + batch.seqs.batch;
 }
 
-Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& config) {
+// What the backward reads beside o and block_indices; without, the selected output is not kept.
+enum class Keep { kAll, kResults };
+
+Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& config, Keep keep) {
   const AttentionShape shape = check(Checks(kForward, kSupportRow), in, sequences, config);
-  const BranchOutput cmp = empty_output(in.q, shape), slc = empty_output(in.q, shape),
-                     swa = empty_output(in.q, shape);
+  const BranchOutput cmp = empty_output(in.q, shape), swa = empty_output(in.q, shape);
+  BranchOutput slc = empty_output(in.q, shape, keep == Keep::kAll);
   const Tensor block_indices = empty_block_indices(in.q, shape, config.num_selected_blocks);
   const Tensor o = at::empty_symint(cmp.o.sym_sizes(), cmp.o.options());
+  if (keep == Keep::kResults) slc.o = o;
   if (!in.q.is_meta()) {
     const AttentionCall call(kForward, shape, config.softmax_scale, in.q, sequences);
-    banded_forward(call, in.k_cmp, in.v_cmp, config.compressed(), 0, cmp);
-    select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(), block_indices);
-    selected_forward(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
-    banded_forward(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
-    const int32_t* end_token = end_on_device(in.q, call.batch);
-    combine_forward(kForward, {cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o, end_token);
-    if (end_token == nullptr) fill_padding(o, call.batch, 0);
+    for (const BranchOutput& branch : {cmp, slc, swa}) fill_padding(branch, call.batch);
+    if (keep == Keep::kAll) fill_padding(o, call.batch, 0);
+    fill_padding(block_indices, call.batch, -1);
+    if (!call.batch.empty()) {
+      const BandedForward compressed(call, in.k_cmp, in.v_cmp, config.compressed(), 0, cmp);
+      const SelectForward select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(),
+                                 block_indices);
+      const SelectedForward selected(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
+      const BandedForward window(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
+      const CombineForward combine({cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o,
+                                   end_on_device(in.q, call.batch));
+      launch(kForward, in.q.device(),
+             AttentionFwdParams{compressed.params, select.params, selected.params, window.params,
+                                combine.params});
+    }
   }
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};
 }
@@ -145,7 +160,8 @@ Tensor8 attention_forward(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
   return forward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits},
                  {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                  {compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,
-                  num_local_blocks, window_size, softmax_scale});
+                  num_local_blocks, window_size, softmax_scale},
+                 Keep::kAll);
 }
 
 Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& k_slc,
@@ -157,7 +173,8 @@ Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, con
   const Tensor8 results = forward({q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits},
                                   {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                                   {compress_block_size, compress_stride, block_size, num_selected_blocks,
-                                   num_initial_blocks, num_local_blocks, window_size, softmax_scale});
+                                   num_initial_blocks, num_local_blocks, window_size, softmax_scale},
+                                  Keep::kResults);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
@@ -267,6 +284,12 @@ Tensor2 attention(const Tensor& q, const Tensor& k_cmp, const Tensor& v_cmp, con
                   SymInt max_seqlen_k, int64_t compress_block_size, int64_t compress_stride,
                   int64_t block_size, int64_t num_selected_blocks, int64_t num_initial_blocks,
                   int64_t num_local_blocks, int64_t window_size, double softmax_scale) {
+  if (!torch::autograd::compute_requires_grad(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits)) {
+    return below_autograd(ops::attention, q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits,
+                          cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, compress_block_size,
+                          compress_stride, block_size, num_selected_blocks, num_initial_blocks,
+                          num_local_blocks, window_size, softmax_scale);
+  }
   const Tensor8 results = autograd::attention_forward(
       q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
       max_seqlen_k, compress_block_size, compress_stride, block_size, num_selected_blocks, num_initial_blocks,

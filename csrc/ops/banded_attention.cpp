@@ -25,20 +25,23 @@ at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, con
   return delta;
 }
 
+BandedForward::BandedForward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                             KeyBlocks keys, int64_t window, const BranchOutput& out)
+    : k(as_rows(k)), v(as_rows(v)), params(call.params<BandedAttentionFwdParams>()) {
+  params.seqs.key_rows = k.size(0);
+  params.keys = keys;
+  params.window = window;
+  params.k = rows_view(this->k);
+  params.v = rows_view(this->v);
+  params.o = out.o.mutable_data_ptr();
+  params.lse = out.lse.mutable_data_ptr();
+}
+
 void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
                     int64_t window, const BranchOutput& out) {
   fill_padding(out, call.batch);
   if (call.batch.empty()) return;
-  const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v);
-  auto params = call.params<BandedAttentionFwdParams>();
-  params.seqs.key_rows = k.size(0);
-  params.keys = keys;
-  params.window = window;
-  params.k = rows_view(k_rows);
-  params.v = rows_view(v_rows);
-  params.o = out.o.mutable_data_ptr();
-  params.lse = out.lse.mutable_data_ptr();
-  launch(call.op, k.device(), params);
+  launch(call.op, k.device(), BandedForward(call, k, v, keys, window, out).params);
 }
 
 void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,

@@ -41,19 +41,25 @@ AttentionShape check(const Checks& checks, const Tensor& q, const Tensor& k_cmp,
 
 }  // namespace
 
-void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
-            const Selection& selection, const at::Tensor& block_indices) {
-  fill_padding(block_indices, call.batch, -1);
-  if (call.batch.empty()) return;
+SelectForward::SelectForward(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse,
+                             KeyBlocks keys, const Selection& selection, const at::Tensor& block_indices)
+    : params{} {
   const Scoring scoring(call, k_cmp, lse, keys, selection.block_size);
-  SelectBlocksParams params{};
+  this->k_cmp = scoring.k_cmp;
+  this->lse = scoring.lse;
   params.scoring = scoring.params;
   params.num_selected_blocks = static_cast<int>(selection.num_selected_blocks);
   params.num_initial_blocks = static_cast<int>(selection.num_initial_blocks);
   params.num_local_blocks = static_cast<int>(selection.num_local_blocks);
   params.block_indices = block_indices.mutable_data_ptr<int32_t>();
-  const at::Tensor workspace = allocate_workspace(k_cmp.device(), &params);
-  launch(call.op, k_cmp.device(), params);
+  workspace = allocate_workspace(k_cmp.device(), &params);
+}
+
+void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
+            const Selection& selection, const at::Tensor& block_indices) {
+  fill_padding(block_indices, call.batch, -1);
+  if (call.batch.empty()) return;
+  launch(call.op, k_cmp.device(), SelectForward(call, k_cmp, lse, keys, selection, block_indices).params);
 }
 
 namespace kernels {

@@ -39,9 +39,11 @@ struct BranchOutput {
   at::Tensor lse;  // [T, Hq], acc
 };
 
-inline BranchOutput empty_output(const at::Tensor& q, const AttentionShape& shape) {
-  return {at::empty_symint({q.sym_size(0), q.sym_size(1), shape.head_dim_v}, q.options()),
-          at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(acc_dtype(q.scalar_type())))};
+// Without its o where that is not wanted.
+inline BranchOutput empty_output(const at::Tensor& q, const AttentionShape& shape, bool with_o = true) {
+  return {
+      with_o ? at::empty_symint({q.sym_size(0), q.sym_size(1), shape.head_dim_v}, q.options()) : at::Tensor(),
+      at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(acc_dtype(q.scalar_type())))};
 }
 
 inline void fill_padding(const BranchOutput& out, const Batch& batch) {
@@ -76,6 +78,33 @@ struct BranchGrads {
   }
 };
 
+// The Params of a branch's forward, with the tensors behind their pointers. Made in front of any launch that
+// others follow without a gap: tensors may be copied.
+struct BandedForward {
+  at::Tensor k, v;
+  BandedAttentionFwdParams params;
+
+  BandedForward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
+                int64_t window, const BranchOutput& out);
+};
+struct SelectedForward {
+  at::Tensor k, v, block_indices;
+  SelectedAttentionFwdParams params;
+
+  SelectedForward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                  const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out);
+};
+struct Selection {
+  int64_t block_size, num_selected_blocks, num_initial_blocks, num_local_blocks;
+};
+struct SelectForward {
+  at::Tensor k_cmp, lse, workspace;
+  SelectBlocksParams params;
+
+  SelectForward(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
+                const Selection& selection, const at::Tensor& block_indices);
+};
+
 // rowsum(dO * o), for a branch that is used alone.
 at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, const at::Tensor& o);
 
@@ -89,10 +118,6 @@ void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::
                       const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out);
 void selected_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                        const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads);
-
-struct Selection {
-  int64_t block_size, num_selected_blocks, num_initial_blocks, num_local_blocks;
-};
 
 void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
             const Selection& selection, const at::Tensor& block_indices);

@@ -8,22 +8,26 @@
 
 namespace nsa::ops {
 
-void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits,
-                     int64_t num_rows, const at::Tensor& o, const int32_t* end_token) {
-  if (num_rows == 0) return;
-  const at::Tensor gates = gate_logits.contiguous();
-  const BranchTensors branches{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])};
-  GatedCombineFwdParams params{};
+CombineForward::CombineForward(const BranchTensors& o_branch, const at::Tensor& gate_logits, int64_t num_rows,
+                               const at::Tensor& o, const int32_t* end_token)
+    : o_branch{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])},
+      gate_logits(gate_logits.contiguous()),
+      params{} {
   params.dtype = dtype_of(o);
-  params.gate_dtype = dtype_of(gates);
+  params.gate_dtype = dtype_of(this->gate_logits);
   params.num_rows = num_rows * o.size(1);
   params.num_heads = static_cast<int>(o.size(1));
   params.end_token = end_token;
   params.head_dim_v = static_cast<int>(o.size(2));
-  for (int b = 0; b < kNumBranches; ++b) params.o_branch[b] = branches[b].const_data_ptr();
-  params.gate_logits = gates.const_data_ptr();
+  for (int b = 0; b < kNumBranches; ++b) params.o_branch[b] = this->o_branch[b].const_data_ptr();
+  params.gate_logits = this->gate_logits.const_data_ptr();
   params.o = o.mutable_data_ptr();
-  launch(op, o.device(), params);
+}
+
+void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits,
+                     int64_t num_rows, const at::Tensor& o, const int32_t* end_token) {
+  if (num_rows == 0) return;
+  launch(op, o.device(), CombineForward(o_branch, gate_logits, num_rows, o, end_token).params);
 }
 
 void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,

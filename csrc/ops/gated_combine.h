@@ -10,6 +10,16 @@ namespace nsa::ops {
 
 using BranchTensors = std::array<at::Tensor, kNumBranches>;  // cmp, slc, swa
 
+// The Params of the gate, with the tensors behind their pointers. Arguments as in combine_forward.
+struct CombineForward {
+  BranchTensors o_branch;
+  at::Tensor gate_logits;
+  GatedCombineFwdParams params;
+
+  CombineForward(const BranchTensors& o_branch, const at::Tensor& gate_logits, int64_t num_rows,
+                 const at::Tensor& o, const int32_t* end_token);
+};
+
 // o of the first num_rows tokens; branches and gate_logits may hold anything behind them. Where the offsets
 // are on a device, end_token points to the last of them, and o = 0 is written behind it.
 void combine_forward(const char* op, const BranchTensors& o_branch, const at::Tensor& gate_logits,

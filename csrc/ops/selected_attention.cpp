@@ -9,43 +9,48 @@
 namespace nsa::ops {
 namespace {
 
-// The fields that forward and backward share; the tensors are kept until the launch is over.
+// The fields that forward and backward share. k and v are as_rows, block_indices as_block.
 template <typename Params>
-struct SelectedLaunch {
-  at::Tensor k, v, block_indices;
-  Params params;
-
-  SelectedLaunch(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
-                 const at::Tensor& block_indices, int64_t block_size)
-      : k(as_rows(k)), v(as_rows(v)), block_indices(as_block(block_indices)), params(call.params<Params>()) {
-    params.seqs.key_rows = k.size(0);
-    params.block_size = block_size;
-    params.num_selected_blocks = static_cast<int>(block_indices.size(2));
-    params.k = rows_view(this->k);
-    params.v = rows_view(this->v);
-    params.block_indices = this->block_indices.template const_data_ptr<int32_t>();
-  }
-};
+Params selected_params(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                       const at::Tensor& block_indices, int64_t block_size) {
+  Params params = call.params<Params>();
+  params.seqs.key_rows = k.size(0);
+  params.block_size = block_size;
+  params.num_selected_blocks = static_cast<int>(block_indices.size(2));
+  params.k = rows_view(k);
+  params.v = rows_view(v);
+  params.block_indices = block_indices.const_data_ptr<int32_t>();
+  return params;
+}
 
 }  // namespace
+
+SelectedForward::SelectedForward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out)
+    : k(as_rows(k)),
+      v(as_rows(v)),
+      block_indices(as_block(block_indices)),
+      params(selected_params<SelectedAttentionFwdParams>(call, this->k, this->v, this->block_indices,
+                                                         block_size)) {
+  params.o = out.o.mutable_data_ptr();
+  params.lse = out.lse.mutable_data_ptr();
+}
 
 void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out) {
   fill_padding(out, call.batch);
   if (call.batch.empty()) return;
-  SelectedLaunch<SelectedAttentionFwdParams> prepared(call, k, v, block_indices, block_size);
-  prepared.params.o = out.o.mutable_data_ptr();
-  prepared.params.lse = out.lse.mutable_data_ptr();
-  launch(call.op, k.device(), prepared.params);
+  launch(call.op, k.device(), SelectedForward(call, k, v, block_indices, block_size, out).params);
 }
 
 void selected_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                        const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads) {
   if (call.batch.empty() || !grads.wanted()) return;
-  SelectedLaunch<SelectedAttentionBwdParams> prepared(call, k, v, block_indices, block_size);
-  prepared.params.grads = grads.params();
-  const at::Tensor workspace = allocate_workspace(k.device(), &prepared.params);
-  launch(call.op, k.device(), prepared.params);
+  const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v), indices = as_block(block_indices);
+  auto params = selected_params<SelectedAttentionBwdParams>(call, k_rows, v_rows, indices, block_size);
+  params.grads = grads.params();
+  const at::Tensor workspace = allocate_workspace(k.device(), &params);
+  launch(call.op, k.device(), params);
 }
 
 namespace {

@@ -38,6 +38,12 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
       : "memory");
 }
 
+// PTX: cp.async.bulk.prefetch.L2: contiguous memory into the L2 cache; address and size are multiples of 16
+// bytes.
+__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // PTX: fence.proxy.async: what this thread wrote to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

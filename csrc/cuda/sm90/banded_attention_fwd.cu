@@ -7,6 +7,7 @@
 // to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through the
 // softmax; over the end of an item, the first scores of the next item are multiplied together with the last P
 // V.
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -91,6 +92,7 @@ struct BandedPlan {
   int group;      // G
   int part;       // tokens of a warpgroup: 64 / G
   float scale;    // with log2(e) in it
+  bool early;     // Begin::kEarly, for the window alone
 };
 
 // Where the tile with this number lies in the ring, and the parity of its pass over it.
@@ -485,12 +487,20 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
     }
     ptx::barrier_init_fence();
   }
+  if (!kWindow || !plan.early) {
+    ptx::wait_for_dependency();
+    ptx::launch_dependents();
+  }
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == Layout::kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
     if (threadIdx.x % 128 == 0) load<kDimQK, kDimV, Layout>(plan, base, shared);
     if (threadIdx.x % 128 == 32) schedule<Layout>(p, plan, base, shared);
+    if (kWindow && threadIdx.x % 128 == 64) {
+      ptx::wait_for_dependency();
+      ptx::launch_dependents();
+    }
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV, kWindow, Layout>(p, plan, base, shared, warpgroup);
@@ -498,7 +508,7 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
 }
 
 template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
-bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
+bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status, Begin begin) {
   using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
   const int heads = p.shape.num_heads_kv;
   BandedPlan plan;
@@ -520,21 +530,24 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
   plan.num_tiles = static_cast<int>(num_tiles);
   plan.visible = {static_cast<int>(p.keys.block), static_cast<int>(p.keys.stride),
                   static_cast<int>(min64(p.window, kMax))};
+  plan.early = begin == Begin::kEarly;
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
-  *status = launch("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow>,
-                   dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
+  *status =
+      launch_chained("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow>,
+                     dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
   return true;
 }
 
 }  // namespace
 
-bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status) {
+bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
+                              Begin begin) {
   return dispatch_kernels(
       p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
         if (p.window > 0)
-          return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(p, stream, status);
-        return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(p, stream, status);
+          return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(p, stream, status, begin);
+        return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(p, stream, status, begin);
       });
 }
 

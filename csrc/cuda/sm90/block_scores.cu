@@ -90,8 +90,8 @@ int64_t num_blocks(const ScoresTask& task) {
 template <typename T, typename Tile>
 Status launch_scores(const ScoresTask& task, const TensorMaps& maps, const Stream& stream) {
   const int64_t blocks = min64(num_blocks(task), device_attribute(cudaDevAttrMultiProcessorCount));
-  return launch("block_scores_sm90", block_scores_sm90<T, Tile>, dim3(static_cast<unsigned>(blocks)),
-                Tile::kThreads, Tile::kSharedBytes, stream, task, maps.q, maps.k);
+  return launch_chained("block_scores_sm90", block_scores_sm90<T, Tile>, dim3(static_cast<unsigned>(blocks)),
+                        Tile::kThreads, Tile::kSharedBytes, stream, task, maps.q, maps.k);
 }
 
 // Rows of scores in the workspace begin at a multiple of 16 bytes.

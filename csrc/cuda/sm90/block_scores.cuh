@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -415,6 +416,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     shared.taps[threadIdx.x] = static_cast<float>(overlap(i, j, task.params.keys, task.params.block_size)) /
                                static_cast<float>(task.params.keys.stride);
   }
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   __syncthreads();
 
   if (warpgroup >= Tile::kConsumers) {

@@ -7,14 +7,25 @@
 
 namespace nsa::cuda::sm90 {
 
+// When a kernel begins, as seen from the one in front of it in the stream.
+enum class Begin {
+  kOnTime,  // it waits until that one has ended
+  kEarly,   // it reads nothing that that one writes, or waits where it does
+};
+
 bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
-bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status);
+bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
+                              Begin begin = Begin::kOnTime);
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
+// Selected attention, and the gate, whose selected branch is p.o: that is not stored where it is gate.o too.
+// It may begin early if what chose the blocks has ended when the kernel in front lets it begin.
+bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
+                                      Begin begin, const Stream& stream, Status* status);
 bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
 

@@ -5,11 +5,13 @@
 // block's K and V once into rings of slots by TMA, one brings queries, one zeroes what no token sees. Each
 // consumer warpgroup owns 64 query rows, a warp 16 of them: a block that most of its warps chose is one wgmma
 // product for all four, another one is mma.sync work of those that chose it; both keep the same registers.
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/selected_pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/tile/gated_row.cuh"
 #include "cuda/tile/lazy_softmax.cuh"
 #include "cuda/tile/swizzled_warp_tile.cuh"
 
@@ -182,37 +184,73 @@ struct Consumer {
     first_part += tile.num_parts;
   }
 
-  __device__ __forceinline__ void store(const SelectedAttentionFwdParams& p, const ChosenTile& tile) const {
+  // gate.o: the weighted sum of all branches, or null for none.
+  __device__ __forceinline__ void store(const SelectedAttentionFwdParams& p,
+                                        const GatedCombineFwdParams& gate, const ChosenTile& tile) const {
+    const int lane = ptx::lane_id(), first = group * 64 + warp * 16 + lane / 4;
+    int64_t rows[2];
+    bool valid[2];
+    float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int member = row() + 8 * h - (token(h) << plan.shift);
-      const bool valid = token(h) < tile.num_tokens && member < p.shape.group();
-      const int64_t row = static_cast<int64_t>(tile.query_row + token(h)) * p.shape.num_heads_q +
-                          tile.head * p.shape.group() + member;
+      const int token = first + 8 * h >> plan.shift, member = first + 8 * h - (token << plan.shift);
+      valid[h] = token < tile.num_tokens && member < p.shape.group();
+      rows[h] = static_cast<int64_t>(tile.query_row + token) * p.shape.num_heads_q +
+                tile.head * p.shape.group() + member;
       const float sum = quad_sum(softmax.sum[h]);
-      store_row<T>(valid ? static_cast<T*>(p.o) + row * kDimV : nullptr, out, h, sum == 0.f ? 0.f : 1.f / sum,
-                   lane);
-      if (valid && (lane & 3) == 0) {
-        static_cast<float*>(p.lse)[row] =
+      factor[h] = sum == 0.f ? 0.f : 1.f / sum;
+      if (valid[h] && (lane & 3) == 0) {
+        static_cast<float*>(p.lse)[rows[h]] =
             softmax.max[h] == kNegInf ? kNegInf : (softmax.max[h] * scale + log2f(sum)) * kLn2;
       }
     }
+    T* o = static_cast<T*>(p.o);
+    if (gate.o != nullptr) {
+      const GatedRows<T, kDimV / 8> gated{
+          gate, p.o == gate.o ? nullptr : o, {rows[0], rows[1]}, {valid[0], valid[1]}, lane};
+      return gated.store(out, factor);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      store_row<T>(valid[h] ? o + rows[h] * kDimV : nullptr, out, h, factor[h], lane);
   }
 
-  __device__ __forceinline__ void run(const SelectedAttentionFwdParams& p, const RingSize& size) {
+  __device__ __forceinline__ void run(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
+                                      const RingSize& size) {
     for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart* parts, uint32_t index) {
       begin_tile(tile);
       ptx::barrier_wait(at(shared.control->q_full[group]), index & 1);
       attend_tile(tile, parts, size);
       release(shared.control->q_empty[group]);
-      store(p, tile);
+      ptx::wait_for_dependency();  // for what the gate weighs
+      store(p, gate, tile);
     });
   }
 };
 
+// By one warp: what the gate reads at the end of a tile into the L2 cache.
+template <int kDimV>
+__device__ __forceinline__ void prefetch_branches(const AttentionShape& shape,
+                                                  const GatedCombineFwdParams& gate, const ChosenTile& tile,
+                                                  int lane) {
+  const int group = shape.group();
+  const auto row = [&](int token) {
+    return static_cast<int64_t>(tile.query_row + token) * shape.num_heads_q + tile.head * group;
+  };
+#pragma unroll 1
+  for (int i = lane; i < 2 * tile.num_tokens; i += 32) {
+    const void* branch = i & 1 ? gate.o_branch[2] : gate.o_branch[0];
+    ptx::bulk_prefetch(static_cast<const char*>(branch) + row(i >> 1) * kDimV * 2, group * kDimV * 2);
+    const int64_t bytes = kNumBranches * (gate.gate_dtype == DType::kF32 ? 4 : 2);
+    const int64_t end = (i & 1) * (group - 1);
+    ptx::prefetch(static_cast<const char*>(gate.gate_logits) + (row(i >> 1) + end) * bytes);
+  }
+}
+
 template <typename T, int kDimQK, int kDimV, int kKeys, int kGroups>
 __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>::kThreads, 1)
     selected_attention_fwd_sm90(const __grid_constant__ SelectedAttentionFwdParams p,
+                                const __grid_constant__ GatedCombineFwdParams gate, const bool early,
                                 const __grid_constant__ CUtensorMap q_map,
                                 const __grid_constant__ CUtensorMap k_map,
                                 const __grid_constant__ CUtensorMap v_map,
@@ -244,6 +282,7 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
     c.k_issued = c.v_issued = 0;
     ptx::barrier_init_fence();
   }
+  if (!early) ptx::wait_for_dependency();
   __syncthreads();
 
   if (warp >= kGroups * 4) {
@@ -256,17 +295,22 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
       case 2:
         return clear_unseen_values<kKeys, kDimV>(shared, lane);
       default:
-        return load_queries<kDimQK, kGroups>(shared, &q_map, plan.shift, lane);
+        load_queries<kDimQK, kGroups>(shared, &q_map, plan.shift, lane, [&](const ChosenTile& tile) {
+          if (gate.o != nullptr) prefetch_branches<kDimV>(p.shape, gate, tile, lane);
+        });
+        ptx::wait_for_dependency();
+        return ptx::launch_dependents();
     }
   }
   ptx::claim_registers<kConsumerRegisters<kGroups>>();
   Consumer<T, kDimQK, kDimV, kKeys, kGroups> consumer{
       .shared = shared, .group = warp / 4, .warp = warp % 4, .lane = lane, .scale = scale, .plan = plan};
-  consumer.run(p, size);
+  consumer.run(p, gate, size);
 }
 
 template <typename T, int kDimQK, int kDimV, int kKeys, int kGroups>
-bool launch_selected(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status) {
+bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
+                     const Stream& stream, Status* status) {
   using S = SelectedShared<kDimQK, kDimV, kKeys, kGroups>;
   const RowPlan plan(p.shape.group(), kGroups * S::kRows);
   const int64_t words = ceil_div(ceil_div(p.seqs.max_seqlen_k, p.block_size), 32);
@@ -295,17 +339,16 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const Stream& stream, 
     return false;
   }
   const int64_t grid = min64(num_tiles * heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
-  *status =
-      launch("selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
-             dim3(static_cast<unsigned>(grid)), S::kThreads, fixed + slots * slot_bytes, stream, p, q_map,
-             k_map, v_map, plan, static_cast<float>(p.softmax_scale) * kLog2e, RingSize(slots), unions,
-             list_size, static_cast<int>(num_tiles));
+  *status = launch_chained(
+      "selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
+      dim3(static_cast<unsigned>(grid)), S::kThreads, fixed + slots * slot_bytes, stream, p, gate,
+      begin == Begin::kEarly, q_map, k_map, v_map, plan, static_cast<float>(p.softmax_scale) * kLog2e,
+      RingSize(slots), unions, list_size, static_cast<int>(num_tiles));
   return true;
 }
 
-}  // namespace
-
-bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status) {
+bool dispatch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
+                       const Stream& stream, Status* status) {
   const int64_t l = p.block_size;
   if ((l != 32 && l != 64 && l != 128) || p.shape.group() > 64 || p.num_selected_blocks > 64 ||
       p.seqs.total_q > INT32_MAX / 2 || p.seqs.key_rows > INT32_MAX / 2) {
@@ -313,10 +356,22 @@ bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Strea
   }
   return dispatch_kernels(
       p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
-        if (l == 32) return launch_selected<T, kDimQK, kDimV, 32, 2>(p, stream, status);
+        if (l == 32) return launch_selected<T, kDimQK, kDimV, 32, 2>(p, gate, begin, stream, status);
         // Three warpgroups share a load among more tokens; queries of 192 columns would leave no ring.
-        return launch_selected < T, kDimQK, kDimV, 64, kDimQK <= 128 ? 3 : 2 > (p, stream, status);
+        constexpr int kGroups = kDimQK <= 128 ? 3 : 2;
+        return launch_selected<T, kDimQK, kDimV, 64, kGroups>(p, gate, begin, stream, status);
       });
+}
+
+}  // namespace
+
+bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status) {
+  return dispatch_selected(p, {}, Begin::kOnTime, stream, status);
+}
+
+bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
+                                      Begin begin, const Stream& stream, Status* status) {
+  return dispatch_selected(p, gate, begin, stream, status);
 }
 
 }  // namespace nsa::cuda::sm90

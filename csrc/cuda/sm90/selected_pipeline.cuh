@@ -225,9 +225,13 @@ __device__ __forceinline__ void clear_unseen_values(const S& shared, int lane) {
   });
 }
 
-// One warp: the queries of every tile.
-template <int kDimQK, int kGroups, typename S>
-__device__ __forceinline__ void load_queries(const S& shared, const CUtensorMap* q_map, int shift, int lane) {
+// One warp: the queries of every tile; then near_end(tile), by all lanes, when the keys of all parts but the
+// last few are under way.
+template <int kDimQK, int kGroups, typename S, typename NearEnd>
+__device__ __forceinline__ void load_queries(const S& shared, const CUtensorMap* q_map, int shift, int lane,
+                                             const NearEnd& near_end) {
+  constexpr uint32_t kLastParts = 4;
+  uint32_t parts = 0;  // of the tiles so far
   for_each_tile(shared, lane, [&](const ChosenTile& tile, const ChosenPart*, uint32_t index) {
     if (lane == 0) {
 #pragma unroll 1
@@ -241,6 +245,10 @@ __device__ __forceinline__ void load_queries(const S& shared, const CUtensorMap*
                             tile.head, tile.query_row + group * (S::kRows >> shift));
       }
     }
+    parts += tile.num_parts;
+    const volatile uint32_t& issued = shared.control->k_issued;
+    while (static_cast<int32_t>(issued - (parts - kLastParts)) < 0) __nanosleep(200);
+    near_end(tile);
   });
 }
 

@@ -161,34 +161,39 @@ struct SlabSoftmax {
   }
 };
 
-// One row of a slab's output as storage, by the four threads of a quad: 32 columns at a time are exchanged so
-// that each thread stores 16 bytes. `half` is 0 for row lane / 4, 1 for row lane / 4 + 8; row may be null
-// (nothing is stored).
+// Columns 32 * group .. + 31 of one row of a slab's output as storage: the four threads of a quad exchange
+// values, so that each holds 8 adjacent columns, from 32 * group + 8 * (lane % 4) on. `half` is 0 for row
+// lane / 4, 1 for row lane / 4 + 8.
+template <typename T, int kOut>
+__device__ __forceinline__ uint4 gather_columns(const float (&out)[kOut][4], int group, int half,
+                                                float factor, int lane) {
+  uint32_t item[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    item[i] = ptx::pack2<T>(out[4 * group + i][2 * half] * factor, out[4 * group + i][2 * half + 1] * factor);
+    // A 4 x 4 transpose: thread i of the quad ends with item i of all four. First between neighbours, then
+    // between pairs.
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? item[i] : item[i + step], step);
+      (upper ? item[i] : item[i + step]) = got;
+    }
+  }
+  return make_uint4(item[0], item[1], item[2], item[3]);
+}
+
+// The whole row; row may be null (nothing is stored).
 template <typename T, int kOut>
 __device__ __forceinline__ void store_row(T* row, const float (&out)[kOut][4], int half, float factor,
                                           int lane) {
-  const int column = lane & 3;
 #pragma unroll
-  for (int d = 0; d < kOut; d += 4) {
-    uint32_t item[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      item[i] = ptx::pack2<T>(out[d + i][2 * half] * factor, out[d + i][2 * half + 1] * factor);
-      // A 4 x 4 transpose: thread i of the quad ends with item i of all four. First between neighbours, then
-      // between pairs.
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-      const bool upper = column & step;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & step) continue;
-        const uint32_t got = __shfl_xor_sync(~0u, upper ? item[i] : item[i + step], step);
-        (upper ? item[i] : item[i + step]) = got;
-      }
-    }
-    if (row != nullptr) {
-      *reinterpret_cast<uint4*>(row + d * 8 + column * 8) = make_uint4(item[0], item[1], item[2], item[3]);
-    }
+  for (int group = 0; group < kOut / 4; ++group) {
+    const uint4 value = gather_columns<T>(out, group, half, factor, lane);
+    if (row != nullptr) *reinterpret_cast<uint4*>(row + 32 * group + 8 * (lane & 3)) = value;
   }
 }
 
