@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
                                 const __grid_constant__ RowPlan plan, const __grid_constant__ float scale,
                                 const __grid_constant__ RingSize size,
                                 const __grid_constant__ UnionPlan unions, const int list_size,
-                                const int num_tiles) {
+                                const __grid_constant__ TileOrder order) {
   using S = SelectedShared<kDimQK, kDimV, kKeys, kGroups>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const S shared(memory, size.slots, list_size, unions.words);
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
       case 0:
         return load_keys<kKeys, kGroups>(shared, &k_map, &v_map, lane);
       case 1:
-        return list_tiles<kGroups>(p, shared, plan, unions, num_tiles, lane);
+        return list_tiles<kGroups>(p, shared, plan, unions, order, lane);
       case 2:
         return clear_unseen_values<kKeys, kDimV>(shared, lane);
       default:
@@ -307,6 +307,9 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
       .shared = shared, .group = warp / 4, .warp = warp % 4, .lane = lane, .scale = scale, .plan = plan};
   consumer.run(p, gate, size);
 }
+
+// Keys and values that stay in the L2 cache (50 MB on an H100).
+constexpr int64_t kMaxCachedBytes = int64_t{32} << 20;
 
 template <typename T, int kDimQK, int kDimV, int kKeys, int kGroups>
 bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
@@ -338,12 +341,14 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdP
       !make_panel_tensor_map(&v_map, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, kKeys)) {
     return false;
   }
+  const int64_t bytes = p.seqs.key_rows * heads_kv * (kDimQK + kDimV) * static_cast<int64_t>(sizeof(T));
+  const TileOrder order{static_cast<int>(num_tiles), heads_kv, bytes <= kMaxCachedBytes};
   const int64_t grid = min64(num_tiles * heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
   *status = launch_chained(
       "selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
       dim3(static_cast<unsigned>(grid)), S::kThreads, fixed + slots * slot_bytes, stream, p, gate,
       begin == Begin::kEarly, q_map, k_map, v_map, plan, static_cast<float>(p.softmax_scale) * kLog2e,
-      RingSize(slots), unions, list_size, static_cast<int>(num_tiles));
+      RingSize(slots), unions, list_size, order);
   return true;
 }
 

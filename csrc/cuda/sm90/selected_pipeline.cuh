@@ -120,19 +120,39 @@ __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const V
   }
 }
 
-// One warp: the unions of all tiles, one ahead of their use. Heads are taken one after another, so that the
-// keys of one stay in the L2 cache.
+// In which order thread blocks take the tiles of all heads. Where the keys and values of all heads stay in
+// the L2 cache together, heads take turns, from the end of the sequence, where unions are longest, to its
+// begin, and back and forth over the blocks: none gets the longest tile of every round, and the last ones are
+// short. Else one head comes after another, so that its keys stay there.
+struct TileOrder {
+  int num_tiles, num_heads;
+  bool heads_take_turns;
+
+  __device__ __forceinline__ int num_items() const { return num_tiles * num_heads; }
+  // The item of this thread block that follows.
+  __device__ __forceinline__ int next(int item) const {
+    if (!heads_take_turns) return item + gridDim.x;
+    return item + 1 + 2 * (item / gridDim.x & 1 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  }
+  __device__ __forceinline__ int head(int item) const {
+    return heads_take_turns ? item % num_heads : item / num_tiles;
+  }
+  __device__ __forceinline__ int tile(int item) const {
+    return heads_take_turns ? num_tiles - 1 - item / num_heads : item % num_tiles;
+  }
+};
+
+// One warp: the unions of all tiles, one ahead of their use.
 template <int kGroups, typename S>
 __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, const S& shared,
-                                           const RowPlan& rows, const UnionPlan& plan, int num_tiles,
+                                           const RowPlan& rows, const UnionPlan& plan, const TileOrder& order,
                                            int lane) {
   uint32_t index = 0;
-  const int num_items = num_tiles * p.shape.num_heads_kv;
 #pragma unroll 1
-  for (int item = blockIdx.x;; item += gridDim.x) {
-    const bool end = item >= num_items;
+  for (int item = blockIdx.x;; item = order.next(item)) {
+    const bool end = item >= order.num_items();
     SequenceTile tile{};
-    if (!end) tile = find_sequence_tile(p.seqs, item % num_tiles, rows.tokens);
+    if (!end) tile = find_sequence_tile(p.seqs, order.tile(item), rows.tokens);
     if (!end && tile.count == 0) continue;
     ptx::barrier_wait(at(shared.control->list_empty[index & 1]), ~index >> 1 & 1);
     // The fields go through shared memory: this warp has few registers.
@@ -140,7 +160,7 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
     if (lane == 0) {
       chosen = {end ? kNoMoreTiles : 0,
                 tile.count,
-                item / num_tiles,
+                order.head(item),
                 static_cast<int>(tile.seq.q_begin + tile.begin),
                 static_cast<int>(tile.seq.position(tile.begin)),
                 static_cast<int>(tile.seq.k_begin),
