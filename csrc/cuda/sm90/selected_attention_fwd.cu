@@ -1,7 +1,7 @@
 // Attention over chosen blocks, forward, for Hopper.
 //
 // A thread block walks tiles of adjacent tokens of one KV head. Of the last warpgroup, one warp lists the
-// sorted union of the blocks that a tile's tokens chose (while the tile before is at work), one brings every
+// union of the blocks that a tile's tokens chose (while the tile before is at work), one brings every
 // block's K and V once into rings of slots by TMA, one brings queries, one zeroes what no token sees. Each
 // consumer warpgroup owns 64 query rows, a warp 16 of them: a block that most of its warps chose is one wgmma
 // product for all four, another one is mma.sync work of those that chose it; both keep the same registers.
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(SelectedLayout<kDimQK, kDimV, kKeys, kGroups>:
 }
 
 // Keys and values that stay in the L2 cache (50 MB on an H100).
-constexpr int64_t kMaxCachedBytes = int64_t{32} << 20;
+constexpr int64_t kMaxCachedBytes = int64_t{24} << 20;
 
 template <typename T, int kDimQK, int kDimV, int kKeys, int kGroups>
 bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
@@ -322,11 +322,11 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdP
   UnionPlan unions{};
   while (1 << unions.slot_bits < p.num_selected_blocks) ++unions.slot_bits;
   while (int64_t{1} << unions.block_shift < p.block_size) ++unions.block_shift;
-  unions.part_shift = p.block_size > kKeys ? 1 : 0;
+  unions.parts = static_cast<int>(p.block_size / kKeys);
   unions.words = static_cast<int>(words);
   unions.max_keys = unions.words * 32 << unions.block_shift;
   const int list_size =
-      (static_cast<int>(min64(plan.tokens * p.num_selected_blocks, 32 * words)) << unions.part_shift) + 1;
+      static_cast<int>(min64(plan.tokens * p.num_selected_blocks, 32 * words)) * unions.parts;
   const int fixed = S::front_bytes(list_size, static_cast<int>(words)) + S::kRing;
   const int slot_bytes = S::kKBytes + S::kVBytes;
   const int available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

@@ -170,7 +170,8 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
     if (!end) {
       const int count = build_union(p, chosen, plan, rows, kGroups * 4, shared.scratch(plan.words),
                                     shared.lists + (index & 1) * shared.list_size, lane);
-      if (lane == 0) chosen.num_parts = count;
+      balance_parts(shared.lists + (index & 1) * shared.list_size, count, plan.parts, lane);
+      if (lane == 0) chosen.num_parts = count * plan.parts;
     }
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(at(shared.control->list_full[index & 1]));

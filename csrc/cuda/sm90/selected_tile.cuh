@@ -56,7 +56,7 @@ constexpr int kNoMoreTiles = -1;
 struct UnionPlan {
   int slot_bits;    // the chosen blocks of a token, rounded up to 1 << slot_bits
   int block_shift;  // keys of a block, as a shift
-  int part_shift;   // parts of a block
+  int parts;        // of a block
   int words;        // of the bitmap of blocks
   int max_keys;     // that it covers
 };
@@ -84,8 +84,8 @@ __device__ __forceinline__ void for_each_choice(const SelectedAttentionFwdParams
   }
 }
 
-// By one warp: the sorted union of the blocks that the tile's tokens chose, and an empty part behind it.
-// Returns the number of its parts, 1 << part_shift to a block. A bitmap makes every row a set.
+// By one warp: the sorted union of the blocks that the tile's tokens chose, one entry each, at the end of the
+// memory that their parts take. Returns their number. A bitmap makes every row a set.
 __device__ inline int build_union(const SelectedAttentionFwdParams& p, const ChosenTile& tile,
                                   const UnionPlan& plan, const RowPlan& rows, int num_warps,
                                   const UnionScratch& scratch, ChosenPart* parts, int lane) {
@@ -109,30 +109,69 @@ __device__ inline int build_union(const SelectedAttentionFwdParams& p, const Cho
     if (begin + lane < words) scratch.rank[begin + lane] = count + sum - own;
     count += __shfl_sync(~0u, sum, 31);
   }
-  count <<= plan.part_shift;
+  ChosenPart* blocks = parts + count * (plan.parts - 1);
 #pragma unroll 1
-  for (int i = lane; i < count; i += 32) parts[i].tokens = 0;
-  if (lane == 0) parts[count] = {0, 0};
+  for (int i = lane; i < count; i += 32) blocks[i].tokens = 0;
   __syncwarp();
   for_each_choice(p, tile, plan, lane, [&](int token, int block) {
     const int at = scratch.rank[block >> 5] + __popc(scratch.bitmap[block >> 5] & ((1u << (block & 31)) - 1));
-#pragma unroll 1
-    for (int part = 0; part < 1 << plan.part_shift; ++part) {
-      parts[(at << plan.part_shift) + part].part_and_warps = (block << plan.part_shift) + part;
-      atomicOr(&parts[(at << plan.part_shift) + part].tokens, 1u << token);
-    }
+    blocks[at].part_and_warps = block;
+    atomicOr(&blocks[at].tokens, 1u << token);
   });
   __syncwarp();
 #pragma unroll 1
   for (int i = lane; i < count; i += 32) {
-    const uint32_t tokens = parts[i].tokens;
+    const uint32_t tokens = blocks[i].tokens;
     uint32_t warps = 0;
 #pragma unroll 1
     for (int w = 0; w < num_warps; ++w) warps |= (tokens & rows.tokens_of_warp(w)) != 0 ? 1u << w : 0;
-    parts[i].part_and_warps |= warps << ChosenPart::kPartBits;
+    blocks[i].part_and_warps |= warps << ChosenPart::kPartBits;
   }
   __syncwarp();
   return count;
+}
+
+// By one warp: the blocks of a union in an order that spreads the work over the warps that chose them, then
+// the parts of a few blocks in turn. `parts` has room for all; the blocks are at its end.
+//
+// With ascending blocks few warps have work at a time: a ring frees its slots in turn, and its next few parts
+// may all belong to the same warps. So the next block is one that only warps with the fewest blocks so far
+// must take, and of these the one of most warps. Every lane holds a candidate: a window of 32 blocks.
+__device__ inline void balance_parts(ChosenPart* parts, int count, int parts_of_block, int lane) {
+  constexpr int kTurns = 8;  // blocks whose parts come in turn
+  const ChosenPart* blocks = parts + count * (parts_of_block - 1);
+  const auto read = [&](int i) { return i < count ? blocks[i] : ChosenPart{}; };
+  ChosenPart candidate = read(lane), next = read(32);
+  int ahead = -1;     // blocks of this lane's warp, less the most that a warp may have at present
+  uint32_t full = 0;  // warps that have so many
+#pragma unroll 1
+  for (int i = 0; i < count;) {
+    const uint32_t warps = candidate.warps();
+    const bool fits = candidate.tokens != 0 && (warps & full) == 0;
+    const uint32_t rank = fits ? (__popc(warps) + 1 << ChosenPart::kPartBits) - 1 - candidate.part() : 0;
+    const uint32_t best = __reduce_max_sync(~0u, rank);
+    if (best == 0) {
+      --ahead;
+      full = 0;
+      continue;
+    }
+    const bool mine = rank == best;
+    ahead += __shfl_sync(~0u, warps, __ffs(__ballot_sync(~0u, mine)) - 1) >> lane & 1;
+    full = __ballot_sync(~0u, ahead == 0);
+    if (mine) {
+      // What is written lies in front of what is still to be read.
+      const int first = i & -kTurns, turns = min(kTurns, count - first);
+      ChosenPart* part = parts + first * parts_of_block + (i - first);
+      const int number = candidate.part() * parts_of_block;
+#pragma unroll 1
+      for (int k = 0; k < parts_of_block; ++k)
+        part[k * turns] = {warps << ChosenPart::kPartBits | number + k, candidate.tokens};
+      candidate = next;
+    }
+    ++i;
+    next = read(i + 32);
+  }
+  __syncwarp();
 }
 
 }  // namespace nsa::cuda::sm90
