@@ -367,4 +367,12 @@ Status banded_attention_backward(const BandedAttentionBwdParams& p, const Parall
   return dispatch_storage("dtype", p.dtype, [&]<typename T>() { return backward<T>(p, parallel); });
 }
 
+Status banded_branches_backward(const BandedBranchesBwdParams& p, const Parallel& parallel) {
+  Status status;
+  for (const BandedAttentionBwdParams& branch : p.branch) {
+    if (status.ok()) status = NSA_CPU_ISA::banded_attention_backward(branch, parallel);
+  }
+  return status;
+}
+
 }  // namespace nsa::cpu::NSA_CPU_ISA

@@ -60,6 +60,22 @@ Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   return status.ok() ? gated_combine_forward(p.gate, stream) : status;
 }
 
+// The branches one by one where they do not fit one kernel together.
+Status banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream) {
+  BandedBranchesBwdParams branches = p;
+  int64_t offset = 0;
+  for (BandedAttentionBwdParams& branch : branches.branch) {
+    branch.workspace = static_cast<char*>(p.workspace) + offset;
+    offset += workspace_bytes(branch);
+  }
+  Status status;
+  if (use_sm90() && sm90::banded_branches_backward(branches, stream, &status)) return status;
+  for (const BandedAttentionBwdParams& branch : branches.branch) {
+    if (status.ok()) status = banded_attention_backward(branch, stream);
+  }
+  return status;
+}
+
 Status compress_forward(const CompressFwdParams& p, const Stream& stream) {
   Status status = portable::compress_bias(p, stream);
   if (!status.ok()) return status;
@@ -77,6 +93,11 @@ int64_t workspace_bytes(const SelectBlocksParams& p) {
 }
 int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
+}
+int64_t workspace_bytes(const BandedBranchesBwdParams& p) {
+  int64_t bytes = 0;
+  for (const BandedAttentionBwdParams& branch : p.branch) bytes += workspace_bytes(branch);
+  return bytes;
 }
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);

@@ -19,6 +19,7 @@
 #define NSA_FOR_EACH_BACKWARD_OP(X)                          \
   X(compress_backward, CompressBwdParams)                    \
   X(banded_attention_backward, BandedAttentionBwdParams)     \
+  X(banded_branches_backward, BandedBranchesBwdParams)       \
   X(selected_attention_backward, SelectedAttentionBwdParams) \
   X(gated_combine_backward, GatedCombineBwdParams)           \
   X(attention_delta, DeltaParams)
@@ -58,6 +59,7 @@ NSA_FOR_EACH_OP(NSA_DECLARE_CUDA)
 // Bytes of device memory behind Params::workspace: a function of shapes alone, 0 for none.
 int64_t workspace_bytes(const SelectBlocksParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
+int64_t workspace_bytes(const BandedBranchesBwdParams& p);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
 int64_t workspace_bytes(const CompressBwdParams& p);
 int64_t workspace_bytes(const AppendKvParams& p);

@@ -106,6 +106,14 @@ struct BandedAttentionBwdParams {
   void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
+// The members of the family that share q and dO: as if their backward ran one after the other, so that a
+// device may bring q and dO once and keep what is between them of dQ's sum to itself. Their workspaces are
+// not used.
+struct BandedBranchesBwdParams {
+  BandedAttentionBwdParams branch[2];
+  void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
+};
+
 struct BlockScoresParams {
   DType dtype;
   SequenceBatch seqs;

@@ -220,13 +220,13 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     const int32_t* end_token = end_on_device(q, call.batch);
     if (end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
     const Tensor d_o_rows = as_rows(d_o);
-    // The branches add to one dQ in turn (QueryGrads).
+    // The branches add to one dQ in turn (QueryGrads), the selected one first.
     Tensor dq_sum;
     if (grad_mask[0]) dq_sum = at::empty(q.sizes(), q.options().dtype(acc_dtype(q.scalar_type())));
     for (int b = 0; b < kNumBranches; ++b) {
       BranchGrads& grads = branches[b];
       grads.dq_sum = dq_sum;
-      grads.dq_begun = b > 0;
+      grads.dq_begun = b != 1;
       grads.dk = keys[2 * b];
       grads.dv = keys[2 * b + 1];
       if (!grads.wanted()) continue;
@@ -239,12 +239,12 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
       combine_backward(kBackward, d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine,
                        end_token);
     }
-    banded_backward(call, k_cmp, v_cmp, config.compressed(), 0, branches[0]);
     selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);
     // Not allocated before it is written: the workspace of the selected branch is gone by then.
     if (grad_mask[0]) dq = dq_sum.scalar_type() == q.scalar_type() ? dq_sum : empty_gradient(q, true);
     branches[2].dq = dq;
-    banded_backward(call, k_swa, v_swa, KeyBlocks{}, window_size, branches[2]);
+    banded_branches_backward(call, {k_cmp, v_cmp, config.compressed(), 0, branches[0]},
+                             {k_swa, v_swa, KeyBlocks{}, window_size, branches[2]});
     fill_padding(dq, call.batch, 0);
   }
   const std::vector<Tensor> key_grads = keys.finish();

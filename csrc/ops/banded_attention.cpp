@@ -44,19 +44,45 @@ void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Te
   launch(call.op, k.device(), BandedForward(call, k, v, keys, window, out).params);
 }
 
-void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
-                     int64_t window, const BranchGrads& grads) {
-  if (call.batch.empty() || !grads.wanted()) return;
-  const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v);
+namespace {
+
+BandedAttentionBwdParams backward_params(const AttentionCall& call, const BandedBranch& branch,
+                                         const at::Tensor& k_rows, const at::Tensor& v_rows) {
   auto params = call.params<BandedAttentionBwdParams>();
-  params.seqs.key_rows = k.size(0);
-  params.keys = keys;
-  params.window = window;
+  params.seqs.key_rows = branch.k.size(0);
+  params.keys = branch.keys;
+  params.window = branch.window;
   params.k = rows_view(k_rows);
   params.v = rows_view(v_rows);
-  params.grads = grads.params();
-  const at::Tensor workspace = allocate_workspace(k.device(), &params);
-  launch(call.op, k.device(), params);
+  params.grads = branch.grads.params();
+  return params;
+}
+
+}  // namespace
+
+void banded_backward(const AttentionCall& call, const BandedBranch& branch) {
+  if (call.batch.empty() || !branch.grads.wanted()) return;
+  const at::Tensor k_rows = as_rows(branch.k), v_rows = as_rows(branch.v);
+  BandedAttentionBwdParams params = backward_params(call, branch, k_rows, v_rows);
+  const at::Tensor workspace = allocate_workspace(branch.k.device(), &params);
+  launch(call.op, branch.k.device(), params);
+}
+
+void banded_branches_backward(const AttentionCall& call, const BandedBranch& first,
+                              const BandedBranch& second) {
+  if (!first.grads.wanted() || !second.grads.wanted()) {
+    banded_backward(call, first);
+    banded_backward(call, second);
+    return;
+  }
+  if (call.batch.empty()) return;
+  const at::Tensor k_first = as_rows(first.k), v_first = as_rows(first.v);
+  const at::Tensor k_second = as_rows(second.k), v_second = as_rows(second.v);
+  BandedBranchesBwdParams params{};
+  params.branch[0] = backward_params(call, first, k_first, v_first);
+  params.branch[1] = backward_params(call, second, k_second, v_second);
+  const at::Tensor workspace = allocate_workspace(call.q.device(), &params);
+  launch(call.op, call.q.device(), params);
 }
 
 namespace {
@@ -120,7 +146,7 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
     grads.d_o = as_rows(d_o);
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
-    banded_backward(call, k, v, band.keys, band.window, grads);
+    banded_backward(call, {k, v, band.keys, band.window, grads});
     fill_padding(grads.dq, call.batch, 0);
   }
   const std::vector<Tensor> key_grads = keys.finish();

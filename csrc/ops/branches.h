@@ -111,8 +111,16 @@ at::Tensor attention_delta(const AttentionCall& call, const at::Tensor& d_o, con
 // Compressed attention (keys are blocks, window 0) and the sliding window (keys are tokens).
 void banded_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
                     int64_t window, const BranchOutput& out);
-void banded_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v, KeyBlocks keys,
-                     int64_t window, const BranchGrads& grads);
+struct BandedBranch {
+  const at::Tensor &k, &v;
+  KeyBlocks keys;
+  int64_t window;
+  const BranchGrads& grads;
+};
+void banded_backward(const AttentionCall& call, const BandedBranch& branch);
+// One behind the other; together where the device can.
+void banded_branches_backward(const AttentionCall& call, const BandedBranch& first,
+                              const BandedBranch& second);
 
 void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out);

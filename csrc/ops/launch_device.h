@@ -19,6 +19,7 @@ NSA_FOR_EACH_OP(NSA_DECLARE_LAUNCH)
 #define NSA_FOR_EACH_WORKSPACE(X) \
   X(SelectBlocksParams)           \
   X(BandedAttentionBwdParams)     \
+  X(BandedBranchesBwdParams)      \
   X(SelectedAttentionBwdParams)   \
   X(CompressBwdParams)            \
   X(AppendKvParams)               \

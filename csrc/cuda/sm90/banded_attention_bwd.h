@@ -36,22 +36,31 @@ struct BandedBwdConfig {
   static constexpr int kKeyStages = kDimQK > 128 ? 3 : kDimQK > 64 ? 5 : 4;
 };
 
-struct BandedBwdMaps {
-  CUtensorMap q, d_o, k, v;
+struct QueryMaps {
+  CUtensorMap q, d_o;
+};
+struct KeyMaps {
+  CUtensorMap k, v;
 };
 
-// By key tile: dK and dV. By query tile: dQ. False, and nothing is done, where a tensor does not suit TMA.
+// By key tile: dK and dV of a branch. By query tile: dQ of one branch or of two that share q and dO. False,
+// and nothing is done, where a tensor does not suit TMA.
 bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
-bool banded_attention_bwd_queries(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
+bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, const Stream& stream,
+                                  Status* status);
 
-// Tiles of query rows and of keys; rows: how many query rows there are in a box, a multiple of the group.
+// Tiles of tokens with the heads of a group, and of keys.
 template <int kDimQK, int kDimV>
-bool make_maps(BandedBwdMaps* maps, const BandedAttentionBwdParams& p, int tokens, int keys) {
-  const int heads_q = p.shape.num_heads_q, heads_kv = p.shape.num_heads_kv, group = p.shape.group();
-  return make_tensor_map(&maps->q, p.dtype, p.q, p.seqs.total_q, heads_q, kDimQK, tokens, group) &&
-         make_tensor_map(&maps->d_o, p.dtype, p.grads.d_o, p.seqs.total_q, heads_q, kDimV, tokens, group) &&
-         make_tensor_map(&maps->k, p.dtype, p.k, p.seqs.key_rows, heads_kv, kDimQK, keys, 1) &&
-         make_tensor_map(&maps->v, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, keys, 1);
+bool make_maps(QueryMaps* maps, const BandedAttentionBwdParams& p, int tokens) {
+  const int heads = p.shape.num_heads_q, group = p.shape.group();
+  return make_tensor_map(&maps->q, p.dtype, p.q, p.seqs.total_q, heads, kDimQK, tokens, group) &&
+         make_tensor_map(&maps->d_o, p.dtype, p.grads.d_o, p.seqs.total_q, heads, kDimV, tokens, group);
+}
+template <int kDimQK, int kDimV>
+bool make_maps(KeyMaps* maps, const BandedAttentionBwdParams& p, int keys) {
+  const int heads = p.shape.num_heads_kv;
+  return make_tensor_map(&maps->k, p.dtype, p.k, p.seqs.key_rows, heads, kDimQK, keys, 1) &&
+         make_tensor_map(&maps->v, p.dtype, p.v, p.seqs.key_rows, heads, kDimV, keys, 1);
 }
 
 // Which slot of a ring, and the parity of the pass over it.

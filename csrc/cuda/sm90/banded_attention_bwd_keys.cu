@@ -91,8 +91,9 @@ struct KeysLayout : BandedBwdConfig<kDimQK, kDimV> {
 };
 
 template <int kDimQK, int kDimV>
-__device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const BandedBwdMaps& maps,
-                                        const Walk& walk, const uint32_t base, unsigned char* shared) {
+__device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const QueryMaps& maps,
+                                        const KeyMaps& key_maps, const Walk& walk, const uint32_t base,
+                                        unsigned char* shared) {
   using Layout = KeysLayout<kDimQK, kDimV>;
   constexpr int kRows = Layout::kRows, kStages = Layout::kStages, kRounds = kRows / 32;
   constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kRows), kBytesO = swizzled_tile_bytes<kDimV>(kRows);
@@ -103,8 +104,8 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
     const uint32_t full = base + Layout::kFullKeys;
     const int row = static_cast<int>(tile.first_row) + tile.begin;
     ptx::barrier_arrive_expect(full, swizzled_tile_bytes<kDimQK + kDimV>(Layout::kKeys));
-    load_panels<kDimQK>(base + Layout::kK, Layout::kKeys, maps.k, full, walk.head, row);
-    load_panels<kDimV>(base + Layout::kV, Layout::kKeys, maps.v, full, walk.head, row);
+    load_panels<kDimQK>(base + Layout::kK, Layout::kKeys, key_maps.k, full, walk.head, row);
+    load_panels<kDimV>(base + Layout::kV, Layout::kKeys, key_maps.v, full, walk.head, row);
   }
 
   // This lane's rows of a step: read one step ahead.
@@ -305,7 +306,8 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
 template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
     banded_attention_bwd_keys_sm90(const __grid_constant__ BandedAttentionBwdParams p,
-                                   const __grid_constant__ BandedBwdMaps maps, const KeyParts parts) {
+                                   const __grid_constant__ QueryMaps maps,
+                                   const __grid_constant__ KeyMaps key_maps, const KeyParts parts) {
   using Layout = KeysLayout<kDimQK, kDimV>;
   extern __shared__ unsigned char unaligned[];
   const uint32_t unaligned_address = ptx::shared_address(unaligned);
@@ -338,7 +340,7 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
-    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, walk, base, shared);
+    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, key_maps, walk, base, shared);
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV>(p, walk, parts, base, shared, warpgroup);
@@ -358,15 +360,17 @@ int64_t workspace_bytes(const BandedAttentionBwdParams& p) { return describe_par
 bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
   const auto run = [&]<typename T, int kDimQK, int kDimV>() {
     using Layout = KeysLayout<kDimQK, kDimV>;
-    BandedBwdMaps maps;
+    QueryMaps maps;
+    KeyMaps key_maps;
     const int group = p.shape.group();
     if (group > Layout::kRows) return false;
-    if (!make_maps<kDimQK, kDimV>(&maps, p, Layout::kRows / group, Layout::kKeys)) return false;
+    if (!make_maps<kDimQK, kDimV>(&maps, p, Layout::kRows / group)) return false;
+    if (!make_maps<kDimQK, kDimV>(&key_maps, p, Layout::kKeys)) return false;
     const KeyParts parts = describe_parts(p);
     *status = launch(
         "banded_attention_bwd_keys_sm90", banded_attention_bwd_keys_sm90<T, kDimQK, kDimV>,
         dim3(static_cast<unsigned>(parts.num_tiles * parts.splits), static_cast<unsigned>(parts.heads)),
-        Layout::kThreads, Layout::kBytes, stream, p, maps, parts);
+        Layout::kThreads, Layout::kBytes, stream, p, maps, key_maps, parts);
     if (status->ok()) *status = launch_sum(p, parts, stream);
     return true;
   };

@@ -14,6 +14,7 @@ enum class Begin {
 };
 
 bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
+bool banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,

@@ -74,27 +74,29 @@ class DeviceProblem {
     bool operator==(const Gradients&) const = default;
   };
 
-  // branches: 1 writes dq at once; more add to one sum in turn, of which the last one makes dq. 0: the sum of
-  // one, not rounded.
-  Gradients run(unsigned wanted, int branches = 1) const {
+  // NaN, but for the padding, which the caller fills.
+  std::vector<float> nan_queries() const {
     const Batch& batch = problem_.batch;
-    const Heads& heads = problem_.heads;
-    const auto before = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size), kBefore); };
-    // NaN, but for the padding, which the caller fills.
-    const int64_t size_q = batch.total_q() * heads.q * heads.dim_qk;
-    std::vector<float> nan_q(static_cast<size_t>(size_q), std::nanf(""));
-    if (batch.offsets)
-      std::fill(nan_q.begin() + int64_t{batch.cu_q.back()} * heads.q * heads.dim_qk, nan_q.end(), 0.f);
-    const DeviceArray<float> sum(nan_q);
-    std::vector<T> nan_result;
-    for (const float x : nan_q) nan_result.push_back(static_cast<T>(x));
-    const DeviceArray<T> dq(nan_result);
-    const DeviceArray<float> dk(before(problem_.k.rows() * heads.kv * heads.dim_qk));
-    const DeviceArray<float> dv(before(problem_.v.rows() * heads.kv * heads.dim_v));
+    const int64_t row = problem_.heads.q * problem_.heads.dim_qk;
+    std::vector<float> nan(static_cast<size_t>(batch.total_q() * row), std::nanf(""));
+    if (batch.offsets) std::fill(nan.begin() + int64_t{batch.cu_q.back()} * row, nan.end(), 0.f);
+    return nan;
+  }
+  DeviceArray<T> result_of(const std::vector<float>& values) const {
+    std::vector<T> stored;
+    for (const float x : values) stored.push_back(static_cast<T>(x));
+    return DeviceArray<T>(stored);
+  }
+  std::vector<float> before(int dim) const {
+    return std::vector<float>(static_cast<size_t>(problem_.k.rows() * problem_.heads.kv * dim), kBefore);
+  }
+
+  // All but dq and the workspace.
+  nsa::BandedAttentionBwdParams params(unsigned wanted, float* dk, float* dv) const {
     auto p = problem_.template common<nsa::BandedAttentionBwdParams>();
     p.dtype = kIsHalf<T> ? nsa::DType::kF16 : nsa::DType::kBF16;
-    if (batch.offsets) p.seqs.cu_seqlens_q = cu_q_.data;
-    if (batch.offsets) p.seqs.cu_seqlens_k = cu_k_.data;
+    if (problem_.batch.offsets) p.seqs.cu_seqlens_q = cu_q_.data;
+    if (problem_.batch.offsets) p.seqs.cu_seqlens_k = cu_k_.data;
     p.seqs.key_rows = problem_.k.rows();
     p.keys = band_.keys;
     p.window = band_.window;
@@ -106,8 +108,19 @@ class DeviceProblem {
     p.grads.d_o_scale = factors_.empty() ? nullptr : factor_->data;
     p.grads.delta = delta_->data;
     p.grads.lse = lse_->data;
-    p.grads.dk = wanted & 2 ? dk.data : nullptr;
-    p.grads.dv = wanted & 4 ? dv.data : nullptr;
+    p.grads.dk = wanted & 2 ? dk : nullptr;
+    p.grads.dv = wanted & 4 ? dv : nullptr;
+    return p;
+  }
+
+  // branches: 1 writes dq at once; more add to one sum in turn, of which the last one makes dq. 0: the sum of
+  // one, not rounded.
+  Gradients run(unsigned wanted, int branches = 1) const {
+    const Heads& heads = problem_.heads;
+    const DeviceArray<float> sum(nan_queries());
+    const DeviceArray<T> dq(result_of(nan_queries()));
+    const DeviceArray<float> dk(before(heads.dim_qk)), dv(before(heads.dim_v));
+    nsa::BandedAttentionBwdParams p = params(wanted, dk.data, dv.data);
     // NaN in the workspace: what is read there must have been written before.
     const DeviceArray<float> workspace(
         std::vector<float>(static_cast<size_t>(nsa::cuda::workspace_bytes(p) / 4), std::nanf("")));
@@ -129,10 +142,13 @@ class DeviceProblem {
     return out;
   }
 
+  NaiveBackward exact() const {
+    return naive_backward(problem_.batch, problem_.heads, problem_.keys, problem_.scale, problem_.q,
+                          problem_.k, problem_.v, problem_.d_o, factors_, forward_);
+  }
+
   std::string check(unsigned wanted = 7) const {
-    const NaiveBackward exact =
-        naive_backward(problem_.batch, problem_.heads, problem_.keys, problem_.scale, problem_.q, problem_.k,
-                       problem_.v, problem_.d_o, factors_, forward_);
+    const NaiveBackward exact = this->exact();
     const Gradients actual = run(wanted);
     if (!actual.error.empty()) return actual.error;
     if (wanted == 7 && run(wanted) != actual) return "differs from run to run";
@@ -150,6 +166,52 @@ class DeviceProblem {
       wrong += compare("dq of several branches", several.dq, sum, true);
     }
     return wrong;
+  }
+
+  // Of two branches, which agree in q and dO since they have one seed. wanted: of the keys of each. begun:
+  // the sum of dq holds that of this branch already.
+  std::string check_with(const DeviceProblem& other, unsigned wanted, unsigned wanted_other,
+                         bool begun) const {
+    const Heads& heads = problem_.heads;
+    Gradients actual[2][2];  // run, branch; dq: the first's
+    for (auto& [first, second] : actual) {
+      const DeviceArray<float> sum(nan_queries());
+      const DeviceArray<T> dq(result_of(nan_queries()));
+      const DeviceArray<float> dk(before(heads.dim_qk)), dv(before(heads.dim_v));
+      const DeviceArray<float> dk_other(other.before(heads.dim_qk)), dv_other(other.before(heads.dim_v));
+      nsa::BandedBranchesBwdParams p{};
+      p.branch[0] = params(wanted, dk.data, dv.data);
+      p.branch[1] = other.params(wanted_other, dk_other.data, dv_other.data);
+      p.branch[1].q = p.branch[0].q;
+      p.branch[1].grads.d_o = p.branch[0].grads.d_o;
+      const DeviceArray<float> workspace(
+          std::vector<float>(static_cast<size_t>(nsa::cuda::workspace_bytes(p) / 4), std::nanf("")));
+      p.workspace = workspace.data;
+      nsa::Status status;
+      if (begun) {
+        nsa::BandedAttentionBwdParams before = params(0, nullptr, nullptr);
+        before.grads.dq = {sum.data, nullptr, false};
+        status = nsa::cuda::banded_attention_backward(before, {});
+      }
+      p.branch[0].grads.dq = {sum.data, nullptr, begun};
+      p.branch[1].grads.dq = {sum.data, dq.data, true};
+      if (status.ok()) status = nsa::cuda::banded_branches_backward(p, {});
+      const cudaError_t error = cudaDeviceSynchronize();
+      if (!status.ok()) return status.message;
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+      first = {{}, dk.host(), dv.host(), ""};
+      second = {{}, dk_other.host(), dv_other.host(), ""};
+      for (const T x : dq.host()) first.dq.push_back(static_cast<float>(x));
+    }
+    const auto& [first, second] = actual[0];
+    if (!(first == actual[1][0]) || !(second == actual[1][1])) return "differs from run to run";
+    const NaiveBackward exact = this->exact(), exact_other = other.exact();
+    std::vector<double> dq = exact.dq;
+    for (size_t i = 0; i < dq.size(); ++i) dq[i] = (begun ? 2 : 1) * dq[i] + exact_other.dq[i];
+    return compare("dq", first.dq, dq, true) + compare("dk", change(first.dk), exact.dk, wanted & 2) +
+           compare("dv", change(first.dv), exact.dv, wanted & 4) +
+           compare("dk of the other", change(second.dk), exact_other.dk, wanted_other & 2) +
+           compare("dv of the other", change(second.dv), exact_other.dv, wanted_other & 4);
   }
 
  private:
@@ -253,6 +315,37 @@ TEST_CASE("banded backward computes each subset of gradients, with dO scaled or 
       CHECK(check_band<__nv_bfloat16>(Batch({400, 91}), {4, 2, 64, 64}, {{8, 8}, 0}, wanted, scaled) == "");
       CHECK(check_band<__nv_bfloat16>(Batch({70}), {2, 1, 256, 256}, sliding(30), wanted, scaled) == "");
     }
+  }
+}
+
+TEST_CASE("banded backward of two branches that share q", "[banded_bwd]") {
+  if (!has_device()) return;
+  const Batch batches[] = {Batch({33, 0, 5, 161}), Batch({20, 1, 0}, {75, 40, 12}, 6, 16),
+                           Batch({13}, {90}, 0, 0, false), Batch({400, 31})};
+  const auto check = [&]<typename T>(const Batch& batch, const Heads& heads, const Band& first,
+                                     const Band& second) {
+    const DeviceProblem<T> problem(batch, heads, first, true), other(batch, heads, second, true);
+    std::string wrong;
+    for (const char* path : {"portable", "best"}) {
+      setenv("NSA_CUDA_PATH", path, 1);
+      for (const auto& [wanted, wanted_other] : {std::pair{6u, 6u}, {0u, 0u}, {4u, 2u}}) {
+        for (const bool begun : {false, true}) {
+          const std::string result = problem.check_with(other, wanted, wanted_other, begun);
+          if (!result.empty()) wrong += std::string(path) + ": " + result + "; ";
+        }
+      }
+    }
+    unsetenv("NSA_CUDA_PATH");
+    return wrong;
+  };
+  for (const Batch& batch : batches) {
+    CAPTURE(batch.count(), batch.total_k());
+    for (const auto& [dim_qk, dim_v] : {std::pair{64, 64}, {128, 128}, {192, 128}}) {
+      CAPTURE(dim_qk);
+      CHECK(check.operator()<__nv_bfloat16>(batch, {8, 2, dim_qk, dim_v}, kCompressed, sliding(37)) == "");
+    }
+    CHECK(check.operator()<__half>(batch, {6, 2, 128, 128}, sliding(100), Band{{16, 8}, 0}) == "");
+    CHECK(check.operator()<__nv_bfloat16>(batch, {16, 1, 128, 128}, Band{{8, 8}, 0}, sliding(129)) == "");
   }
 }
 
