@@ -12,10 +12,11 @@
 namespace nsa::cuda::sm90 {
 namespace {
 
-// What a query row brings beside q and dO; zeros and no position where a row is of no query.
+// What a query row brings beside q and dO. With g the factor of its dO, P g = exp2(scale s - lse): lse in
+// base 2 less the logarithm of g, delta divided by g. Rows of no query have P = 0 and no position.
 template <int kRows>
 struct RowStats {
-  float lse[kRows], delta[kRows], factor[kRows];  // lse in base 2; factor: d_o_scale
+  float lse[kRows], delta[kRows];
   int position[kRows];
 };
 
@@ -110,7 +111,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
 
   // This lane's rows of a step: read one step ahead.
   const GroupRows group_rows(group);
-  float lse[kRounds], delta[kRounds], factor[kRounds];
+  float lse[kRounds], delta[kRounds];
   int position[kRounds];
   const auto read_stats = [&](int step) {
 #pragma unroll
@@ -120,11 +121,11 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
       const bool valid = row < rows && query < tile.seq.q_len;
       const int64_t at =
           (tile.seq.q_begin + query) * p.shape.num_heads_q + walk.head * group + row - token * group;
-      lse[j] = valid ? static_cast<const float*>(p.grads.lse)[at] * kLog2e : 0.f;
-      delta[j] = valid ? static_cast<const float*>(p.grads.delta)[at] : 0.f;
-      factor[j] = !valid                         ? 0.f
-                  : p.grads.d_o_scale == nullptr ? 1.f
-                                                 : static_cast<const float*>(p.grads.d_o_scale)[at];
+      const float factor =
+          valid && p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
+      lse[j] = (valid ? static_cast<const float*>(p.grads.lse)[at] : -kNegInf) * kLog2e - __log2f(factor);
+      delta[j] =
+          valid && factor > 0.f ? __fdividef(static_cast<const float*>(p.grads.delta)[at], factor) : 0.f;
       position[j] = valid ? position_of(tile.seq, query) : kNoPosition;
     }
   };
@@ -153,7 +154,6 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
       const int row = lane + 32 * j;
       s.lse[row] = lse[j];
       s.delta[row] = delta[j];
-      s.factor[row] = factor[j];
       s.position[row] = position[j];
     }
     if (partial) {
@@ -203,24 +203,23 @@ struct StepGradients {
       }
     }
   }
-  // prob: P times the factor of the row, what multiplies dO. ds: P (factor * dP - delta).
+  // prob: P, what multiplies dO. ds: P (dP - delta).
   __device__ __forceinline__ void gradients(uint32_t (&prob)[kRows / 16][4], uint32_t (&ds)[kRows / 16][4],
                                             const float (&p)[kRows / 2], const float (&dp)[kRows / 2]) const {
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
       const int row = n * 8 + (lane & 3) * 2;
-      const float2 factor = *reinterpret_cast<const float2*>(&stats.factor[row]);
       const float2 delta = *reinterpret_cast<const float2*>(&stats.delta[row]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float p0 = p[4 * n + 2 * h], p1 = p[4 * n + 2 * h + 1];
-        float ds0 = p0 * fmaf(dp[4 * n + 2 * h], factor.x, -delta.x);
-        float ds1 = p1 * fmaf(dp[4 * n + 2 * h + 1], factor.y, -delta.y);
+        float ds0 = p0 * (dp[4 * n + 2 * h] - delta.x);
+        float ds1 = p1 * (dp[4 * n + 2 * h + 1] - delta.y);
         if constexpr (kMasked) {  // whatever dP is there
           ds0 = p0 == 0.f ? 0.f : ds0;
           ds1 = p1 == 0.f ? 0.f : ds1;
         }
-        prob[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(p0 * factor.x, p1 * factor.y);
+        prob[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(p0, p1);
         ds[n / 2][n % 2 * 2 + h] = ptx::pack2<T>(ds0, ds1);
       }
     }
