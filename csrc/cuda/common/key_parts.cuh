@@ -9,15 +9,28 @@ namespace nsa::cuda {
 
 // [split][tile][head][key of the tile][Dk + Dv] floats.
 struct KeyParts {
+  static constexpr int64_t kMaxBytes = int64_t{256} << 20;
   float* data;
   int splits;  // 1: no parts, blocks add to the gradients themselves
   int num_tiles, heads, tile_keys, dim_qk, dim_v;
+  // Split i of every tile has the queries [i * chunk, (i + 1) * chunk) of the sequence, as far as they see
+  // the tile. 0: each tile's queries are dealt out evenly.
+  int chunk = 0;
+  // Tiles whose queries begin at the same place of a chunk are so many apart.
+  int period = 1;
 
   __host__ __device__ int64_t row_floats() const { return dim_qk + dim_v; }
   __host__ __device__ int64_t split_floats() const {
     return int64_t{num_tiles} * heads * tile_keys * row_floats();
   }
   __host__ __device__ int64_t bytes() const { return splits == 1 ? 0 : 4 * splits * split_floats(); }
+  // The splits of a tile that have something to walk.
+  __device__ int first_split(const KeyTile& tile) const {
+    return chunk == 0 ? 0 : min(static_cast<int>(tile.query_lo) / chunk, splits - 1);
+  }
+  __device__ int end_split(const KeyTile& tile) const {
+    return chunk == 0 ? splits : min((max(static_cast<int>(tile.query_hi), 1) - 1) / chunk + 1, splits);
+  }
   __device__ float* tile(int split, int64_t tile, int head) const {
     return data + split * split_floats() + (tile * heads + head) * tile_keys * row_floats();
   }
@@ -27,7 +40,7 @@ struct KeyParts {
 // `least_rows` query rows to walk in the longest sequence there can be.
 inline KeyParts describe_key_parts(const BandedAttentionBwdParams& p, int tile_keys, int64_t blocks,
                                    int64_t least_rows) {
-  constexpr int64_t kMaxSplits = 32, kMaxBytes = int64_t{256} << 20;
+  constexpr int64_t kMaxSplits = 32;
   KeyParts parts{static_cast<float*>(p.workspace),
                  1,
                  static_cast<int>(num_key_tiles(p.seqs, p.keys, tile_keys)),
@@ -39,8 +52,8 @@ inline KeyParts describe_key_parts(const BandedAttentionBwdParams& p, int tile_k
   if (tiles == 0) return parts;
   const int64_t splits = min64(ceil_div(blocks, tiles), kMaxSplits);
   const int64_t useful = ceil_div(p.seqs.total_q * p.shape.group(), least_rows);
-  parts.splits =
-      static_cast<int>(max64(1, min64(min64(splits, useful), kMaxBytes / (4 * parts.split_floats()))));
+  parts.splits = static_cast<int>(
+      max64(1, min64(min64(splits, useful), KeyParts::kMaxBytes / (4 * parts.split_floats()))));
   return parts;
 }
 
@@ -51,7 +64,8 @@ static __global__ void __launch_bounds__(256)
   const int tile_number = blockIdx.x, head = blockIdx.y;
   const KeyTile tile = find_key_tile(seqs, keys, window, tile_number, parts.tile_keys);
   const int chunks = static_cast<int>(parts.row_floats()) / 4;
-  const float4* const part = reinterpret_cast<const float4*>(parts.tile(0, tile_number, head));
+  const int first = parts.first_split(tile), count = parts.end_split(tile) - first;
+  const float4* const part = reinterpret_cast<const float4*>(parts.tile(first, tile_number, head));
   for (int i = blockIdx.z * blockDim.x + threadIdx.x; i < (tile.seen.hi - tile.seen.lo) * chunks;
        i += gridDim.z * blockDim.x) {
     const int key = tile.seen.lo + i / chunks, column = i % chunks * 4;
@@ -61,7 +75,7 @@ static __global__ void __launch_bounds__(256)
     const float4* source = part + (key - tile.begin) * chunks + column / 4;
     float4 sum = *source;
 #pragma unroll 8
-    for (int split = 1; split < parts.splits; ++split) {
+    for (int split = 1; split < count; ++split) {
       source += parts.split_floats() / 4;
       const float4 x = *source;
       sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);

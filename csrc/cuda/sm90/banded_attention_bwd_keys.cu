@@ -38,15 +38,38 @@ struct Walk {
 
 __device__ inline Walk describe_walk(const BandedAttentionBwdParams& p, const KeyParts& parts, int rows) {
   Walk walk;
-  walk.number = static_cast<int>(blockIdx.x) / parts.splits;
-  walk.split = static_cast<int>(blockIdx.x) % parts.splits;
-  walk.tile = find_key_tile(p.seqs, p.keys, p.window, walk.number, parts.tile_keys);
   walk.head = blockIdx.y;
+  if (parts.chunk == 0) {
+    walk.number = static_cast<int>(blockIdx.x) / parts.splits;
+    walk.split = static_cast<int>(blockIdx.x) % parts.splits;
+  } else {
+    // Whole chunks first, side by side those of the same rows; then what each tile has of its first chunk,
+    // where more comes first.
+    const int block = static_cast<int>(blockIdx.x) / parts.heads,
+              whole = (parts.splits - 1) * parts.num_tiles;
+    walk.head = static_cast<int>(blockIdx.x) % parts.heads;
+    walk.split = block < whole ? parts.splits - 1 - block / parts.num_tiles : -1;
+    const int in_period = static_cast<int>(ceil_div(parts.num_tiles, parts.period)), i = block - whole;
+    walk.number = block < whole ? block % parts.num_tiles : i / in_period + i % in_period * parts.period;
+  }
+  walk.tile = find_key_tile(p.seqs, p.keys, p.window, walk.number, parts.tile_keys);
   walk.tokens = rows / p.shape.group();
-  const int64_t steps = ceil_div(walk.tile.query_hi - walk.tile.query_lo, walk.tokens);
-  const int64_t first = steps * walk.split / parts.splits;
-  walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
-  walk.first = walk.tile.query_lo + first * walk.tokens;
+  if (parts.chunk == 0) {
+    const int64_t steps = ceil_div(walk.tile.query_hi - walk.tile.query_lo, walk.tokens);
+    const int64_t first = steps * walk.split / parts.splits;
+    walk.steps = static_cast<int>(steps * (walk.split + 1) / parts.splits - first);
+    walk.first = walk.tile.query_lo + first * walk.tokens;
+  } else {  // chunks are whole steps, and steps begin at multiples of their length
+    const int first_split = parts.first_split(walk.tile);
+    const bool first = walk.split < 0;
+    if (first) walk.split = first_split;
+    const int64_t begin = int64_t{parts.chunk} * walk.split;
+    const int64_t end = min64(begin + parts.chunk, walk.tile.query_hi);
+    walk.first = max64(begin, walk.tile.query_lo / walk.tokens * walk.tokens);
+    walk.steps = first || walk.split > first_split
+                     ? static_cast<int>(max64(0, ceil_div(end - walk.first, walk.tokens)))
+                     : 0;
+  }
   walk.rotation = 0;
   if (p.window > 0 && walk.steps > 0) {
     const int64_t at = walk.first / walk.tokens % walk.steps;
@@ -336,6 +359,7 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
   }
   __syncthreads();
   if (walk.tile.seen.lo == walk.tile.seen.hi) return;
+  if (parts.chunk > 0 && walk.steps == 0) return;  // nobody reads its part
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
@@ -346,10 +370,61 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
   }
 }
 
-// Walks of compressed keys are the longer the earlier the key is, so many short ones balance; those of a
-// window are alike, and are split only where they would not fill a device.
+// Walks of compressed keys are the longer the earlier the key is; chunk by chunk of the queries they are
+// alike. How many chunks make two rounds of blocks at most, the last of them full, where that costs less than
+// even splits: else 0. Costs are in steps, with what a block does before and behind its walk, what its part
+// costs, and how far from balanced many splits of different length are. A function of shapes alone: kDevice
+// is what an H100 has, on any device.
+constexpr int kDevice = 132;
+int count_chunks(const KeyParts& even, int64_t queries, int64_t first_end, int64_t tile_tokens, int tokens) {
+  constexpr double kPerBlock = 2.2, kPerPart = 1. / 32, kUneven = 1.08;
+  const int64_t most =
+      min64(min64(32, ceil_div(queries, 16 * tokens)), KeyParts::kMaxBytes / (4 * even.split_floats()));
+  const auto per_blocks = [](int64_t rounds, int64_t blocks) {
+    return static_cast<double>(rounds) * kPerBlock + static_cast<double>(blocks) * kPerPart;
+  };
+  int64_t steps = 0;
+  for (int tile = 0; tile < even.num_tiles; ++tile)
+    steps += max64(0, queries - max64(0, first_end + tile * tile_tokens)) / tokens;
+  const int64_t blocks = int64_t{even.num_tiles} * even.splits * even.heads;
+  double best_cost = kUneven * static_cast<double>(steps * even.heads) / kDevice +
+                     per_blocks(ceil_div(blocks, kDevice), blocks);
+  int best = 0;
+  for (int chunks = 1; chunks <= most; ++chunks) {
+    const int64_t chunk = ceil_div(queries, int64_t{chunks} * tokens) * tokens;
+    int64_t parts = 0;
+    for (int tile = 0; tile < even.num_tiles; ++tile)
+      parts += chunks - min64(max64(first_end + tile * tile_tokens, 0) / chunk, chunks - 1);
+    const int64_t rounds = ceil_div(parts * even.heads, kDevice);
+    if (rounds > 2) continue;
+    const double cost = static_cast<double>(rounds * chunk / tokens) + per_blocks(rounds, parts * even.heads);
+    if (cost < best_cost) {
+      best = chunks;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// Walks of a window are alike, and are split only where they would not fill a device.
 KeyParts describe_parts(const BandedAttentionBwdParams& p) {
-  return describe_key_parts(p, 2 * kWarpgroupRows, p.window > 0 ? 128 : 1024, 16 * kWarpgroupRows);
+  constexpr int kTileKeys = kConsumers * kWarpgroupRows;
+  KeyParts parts = describe_key_parts(p, kTileKeys, p.window > 0 ? 128 : 1024, 16 * kWarpgroupRows);
+  // Of packed sequences only the device knows where they begin.
+  if (p.window > 0 || parts.splits == 1 || p.seqs.cu_seqlens_q != nullptr) return parts;
+  const int tokens = max(1, (p.shape.head_dim_qk > 128 ? 32 : 64) / p.shape.group());
+  const int64_t queries = p.seqs.total_q, tile_tokens = kTileKeys * p.keys.stride;
+  const int64_t first_end = p.keys.block - 1 - (p.seqs.max_seqlen_k - queries);
+  if (parts.num_tiles * parts.heads < kDevice - 4) {
+    const int chunks = count_chunks(parts, queries, first_end, tile_tokens, tokens);
+    if (chunks == 0) return parts;
+    parts.chunk = static_cast<int>(ceil_div(queries, int64_t{chunks} * tokens) * tokens);
+  } else if (tile_tokens % tokens == 0) {
+    parts.period = static_cast<int>(ceil_div(queries, parts.splits * tile_tokens));
+    parts.chunk = static_cast<int>(parts.period * tile_tokens);
+  }
+  if (parts.chunk > 0) parts.splits = static_cast<int>(ceil_div(queries, parts.chunk));
+  return parts;
 }
 
 }  // namespace
@@ -368,7 +443,11 @@ bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& 
     const KeyParts parts = describe_parts(p);
     *status = launch(
         "banded_attention_bwd_keys_sm90", banded_attention_bwd_keys_sm90<T, kDimQK, kDimV>,
-        dim3(static_cast<unsigned>(parts.num_tiles * parts.splits), static_cast<unsigned>(parts.heads)),
+        parts.chunk == 0
+            ? dim3(static_cast<unsigned>(parts.num_tiles * parts.splits), static_cast<unsigned>(parts.heads))
+            : dim3(static_cast<unsigned>(((parts.splits - 1) * parts.num_tiles +
+                                          ceil_div(parts.num_tiles, parts.period) * parts.period) *
+                                         parts.heads)),
         Layout::kThreads, Layout::kBytes, stream, p, maps, key_maps, parts);
     if (status->ok()) *status = launch_sum(p, parts, stream);
     return true;
