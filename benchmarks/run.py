@@ -6,7 +6,7 @@ that is cut off leaves the rows it has. Examples:
     python benchmarks/run.py --suite cpu --json results.json
     python benchmarks/run.py --suite cpu --lengths 8192 16384 --ops attention --data smooth
     python benchmarks/run.py --suite training --data random smooth --seconds 120 --json results.json
-    python benchmarks/run.py --suite gqa --directions forward
+    python benchmarks/run.py --suite gqa --directions forward --head-dims 128 192
     python benchmarks/run.py --suite decode --batches 1 32 --lengths 8192 65536
     python benchmarks/run.py --suite prefill --quick
     python benchmarks/run.py --suite decode --device cpu --lengths 4096
@@ -27,6 +27,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -89,6 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="... or to results/<device>/<date>-<sha>.json")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="T")
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="default: the suite's")
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", metavar="D", help="only these, of queries and keys"
+    )
     parser.add_argument("--ops", nargs="+", metavar="OP", choices=sorted(REGISTRY))
     parser.add_argument("--impls", nargs="+", metavar="IMPL", help="only these implementations")
     parser.add_argument("--data", nargs="+", choices=["random", "smooth"], default=["random"])
@@ -104,22 +108,31 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    for name, allowed in (("ops", suite.ops), ("data", suite.data), ("directions", suite.directions)):
+    head_dims = sorted({shape.head_dim_qk for shape in suite.shapes})
+    for name, allowed in (
+        ("ops", suite.ops),
+        ("data", suite.data),
+        ("directions", suite.directions),
+        ("head_dims", head_dims),
+    ):
         unknown = [value for value in getattr(args, name) or () if value not in allowed]
         if unknown:
-            parser.error(
-                f"--suite {suite.name} has no {name} {' '.join(unknown)}; it has {' '.join(allowed)}"
-            )
+            parser.error(f"--suite {suite.name} has no {name} {listed(unknown)}; it has {listed(allowed)}")
     return args
+
+
+def listed(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
 
 
 def points_of(suite: Suite, args: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
     lengths = args.lengths or (suite.quick_lengths if args.quick else suite.lengths)
     batches = args.batches or suite.batches
+    shapes = [s for s in suite.shapes if args.head_dims is None or s.head_dim_qk in args.head_dims]
     return [
         (op, Case(length, shape, batch, data, suite.dtype, device))
         for op, shape, batch, data, length in itertools.product(
-            args.ops or suite.ops, suite.shapes, batches, args.data, lengths
+            args.ops or suite.ops, shapes, batches, args.data, lengths
         )
     ]
 

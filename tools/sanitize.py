@@ -1,18 +1,29 @@
 """Runs small CUDA tests under compute-sanitizer: memcheck, synccheck and racecheck. Needs a GPU.
 
-    python tools/sanitize.py [tool ...] [--only pytest|catch2] [--catch2 build/dev/nsa_cuda_tests]
+    python tools/sanitize.py                                 everything, one check after the other
+    python tools/sanitize.py racecheck --kernel decode_      one tool, kernels with this in their names
+    python tools/sanitize.py memcheck --only pytest --tests tests/test_cuda_forward.py -k d64_64
+    python tools/sanitize.py --jobs 12 --seconds 120 --logs runs/sanitizer
 
 memcheck and synccheck see operators on both paths through pytest, then the C++ tests of kernels and
-instructions, where they are built. racecheck sees kernels one by one, through these C++ tests.
-docs/kernels/racecheck.md says what it reports wrongly, and how that is known; anything else is a failure.
+instructions, where they are built. racecheck sees kernels one by one, through the tests that RACES names.
+docs/kernels/racecheck.md says what it reports wrongly, and how that is known; anything else is a failure, and
+so is a check that saw no kernel: compute-sanitizer lists every launch and whether it was checked
+(--dump-kernel-launches; versions from 2026 on have it: pip install nvidia-cuda-sanitizer-api).
 """
 
 import argparse
+import functools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,24 +45,49 @@ TESTS = tuple(
         f"test_cuda_forward.py::test_wild_offsets_touch_nothing_outside[{path}]",
     )
 )
+# Every layout of a cache; several tokens a sequence, idle sequences, groups of 1 to 64, several splits.
+CACHE_TESTS = tuple(
+    f"tests/test_cache_ops.py::{test}"
+    for path in ("cuda", "portable")
+    for test in (
+        f"test_decode_attention[verify-{path}-bfloat16-paged_ring]",
+        f"test_decode_attention[verify_padded-{path}-bfloat16-ring]",
+        f"test_decode_attention[defaults_g16-{path}-bfloat16-contiguous]",
+        f"test_decode_attention[dims_192_128-{path}-float16-paged]",
+        f"test_decode_attention[g64-{path}-bfloat16-ring]",
+        f"test_decode_attention[g1-{path}-bfloat16-paged]",
+        f"test_decode_attention[g3_long-{path}-bfloat16-paged]",
+        f"test_append_kv[verify-{path}-bfloat16-paged_ring-mlp]",
+        f"test_append_kv[dims_192_128-{path}-bfloat16-contiguous-linear]",
+        f"test_append_kv[shorter_than_a_block-{path}-float16-ring-mean]",
+    )
+)
 
 
 @dataclass(frozen=True)
 class Races:
-    """A kernel under racecheck: its C++ test, and pairs of functions whose accesses it reports wrongly.
+    """Kernels under racecheck, by a part of their names: a C++ test or tests of pytest that launch them, and
+    pairs of functions whose accesses it reports wrongly.
 
     The accesses of a pair are ordered by the named mbarriers, where lane 0 arrives for its warp behind
     __syncwarp. Flags are volatile on both sides, which to PTX is a relaxed atomic.
     """
 
     kernel: str
-    test: str
+    test: str | tuple[str, ...]
     accepted: frozenset[frozenset[str]] = frozenset()
-    launches: int = 12
+    launches: int = 12  # that are checked, 0: all
 
     def unexpected(self, output: str) -> Counter:
         """Reported pairs that are not accepted."""
         return Counter(pair for pair in reported_pairs(output) if pair not in self.accepted)
+
+    def failures(self, output: str) -> list[str]:
+        found = [
+            f"{count} x between {' and '.join(sorted(pair))}"
+            for pair, count in self.unexpected(output).items()
+        ]
+        return found if understands(output) else [*found, "its report cannot be read"]
 
 
 def pairs(*names: tuple[str, str]) -> frozenset[frozenset[str]]:
@@ -109,8 +145,12 @@ RACES = (
     Races("banded_attention_bwd", "banded backward of chunks\\, padding\\, short and empty sequences"),
     Races("compress_fwd_sm90", "phi equals the naive loops"),
     Races("selected_blocks", "block_indices turned around are the lists of who chose which block"),
+    Races("_portable", tuple(test for test in TESTS if "portable" in test), launches=0),
+    Races("append_", tuple(test for test in CACHE_TESTS if "append_kv" in test), launches=0),
+    Races("decode_", tuple(test for test in CACHE_TESTS if "decode_attention" in test), launches=0),
 )
 
+# Reports of the level "Info", of writes of the same value, are none.
 ACCESS = re.compile(
     r"(?:Error|Warning): Race reported between \w+ access at (.*) in \S+|"
     r"and \w+ access at (.*) in \S+ \[\d+ hazards\]"
@@ -130,20 +170,107 @@ def reported_pairs(output: str) -> list[frozenset[str]]:
     found, first = [], ""
     for line in output.splitlines():
         match = ACCESS.search(line)
-        if match is None:
-            continue
-        if match[1]:
+        if match and match[1]:
             first = function_name(match[1])
-        else:
+        elif "Race reported" in line:
+            first = ""
+        elif match and first:
             found.append(frozenset((first, function_name(match[2]))))
+    return found
+
+
+def checked_launches(output: str) -> Counter:
+    """How often each kernel was launched and checked, by its bare name."""
+    found, is_checked = Counter(), False
+    for line in output.splitlines():
+        if re.search(r"\bLaunch #", line):
+            is_checked = "(filtered" not in line
+        elif is_checked and (match := re.search(r"\bKernel:\s*(\S.*)", line)):
+            found[function_name(match[1])] += 1
+            is_checked = False
     return found
 
 
 def understands(output: str) -> bool:
     """Whether racecheck came to its end and all races that it counts were read: its text may change."""
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", output)
+    summary = re.search(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?", output)
     races = sum(bool(match and match[1]) for match in map(ACCESS.search, output.splitlines()))
-    return summary is not None and int(summary[1]) == races and len(reported_pairs(output)) >= races
+    counted = summary and int(summary[1]) + int(summary[2])
+    return counted == races and len(reported_pairs(output)) >= races
+
+
+@functools.cache
+def sanitizer() -> str:
+    """A compute-sanitizer that lists launches."""
+    packaged = [str(Path(path) / "nvidia/cu13/bin/compute-sanitizer") for path in sys.path]
+    for program in (shutil.which("compute-sanitizer"), *packaged, "/usr/local/cuda/bin/compute-sanitizer"):
+        if program and os.access(program, os.X_OK):
+            usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+            if "--dump-kernel-launches" in usage:
+                return program
+    raise SystemExit(
+        "no compute-sanitizer with --dump-kernel-launches: pip install nvidia-cuda-sanitizer-api"
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run of a program under one tool; a failure is what it says beyond its exit status."""
+
+    tool: str
+    name: str
+    kernel: str
+    program: list[str]
+    options: tuple[str, ...]
+    failures: Callable[[str], list[str]] = lambda output: []
+
+    @property
+    def title(self) -> str:
+        return f"{self.tool} of {self.name}"
+
+    def run(self, port: int, seconds: float) -> tuple[str, int | None, float]:
+        """What it printed, its exit status (None: it took longer), and the seconds it took."""
+        command = [sanitizer(), "--tool", self.tool, "--kernel-name", f"kernel_substring={self.kernel}"]
+        command += ["--dump-kernel-launches", "--show-backtrace", "device", "--port", str(port)]
+        command += ["--launch-timeout", "60", "--print-limit", "1000000", *self.options, *self.program]
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            output, code = process.communicate(timeout=seconds)[0], process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the program as well
+            output, code = process.communicate()[0], None
+        return output, code, time.monotonic() - begin
+
+
+def chosen_checks(args: argparse.Namespace) -> list[Check]:
+    tests = args.tests or [*TESTS, *CACHE_TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    programs = {"pytest": {"pytest": [*pytest, *tests]}}
+    programs["catch2"] = {f"catch2 {f}": [str(args.catch2), f] for f in args.filter}
+    if not args.catch2.exists():
+        print(f"without the C++ tests: there is no {args.catch2}")
+        del programs["catch2"]
+    chosen = []
+    for kind, runs in programs.items():
+        if args.only not in (None, kind):
+            continue
+        kernel, options = args.kernel or "nsa", ("--error-exitcode", "9")
+        chosen += [
+            Check(tool, name, kernel, program, options)
+            for tool in args.tools
+            if tool != "racecheck"
+            for name, program in runs.items()
+        ]
+    for races in RACES if "racecheck" in args.tools else ():
+        name = "catch2" if isinstance(races.test, str) else "pytest"
+        if args.kernel in races.kernel and name in programs and args.only in (None, name):
+            program = [str(args.catch2), races.test] if name == "catch2" else [*pytest, *races.test]
+            options = ("--launch-count", str(races.launches))
+            chosen.append(Check("racecheck", races.kernel, races.kernel, program, options, races.failures))
+    return chosen
 
 
 def main() -> int:
@@ -153,55 +280,56 @@ def main() -> int:
     parser.add_argument("tools", nargs="*", default=TOOLS, metavar="tool", help="default: all three")
     parser.add_argument("--only", choices=("pytest", "catch2"))
     parser.add_argument("--catch2", type=Path, default=Path("build/dev/nsa_cuda_tests"))
-    parser.add_argument("--filter", default="~[slow]", help="which C++ tests, in Catch2's words")
-    parser.add_argument("--kernel", default="", help="racecheck: only kernels with this in their names")
+    parser.add_argument(
+        "--filter",
+        nargs="+",
+        default=["~[slow]"],
+        help="C++ tests in Catch2's words, one check for each word",
+    )
+    parser.add_argument("--kernel", default="", help="only kernels with this in their names")
+    parser.add_argument("--jobs", type=int, default=1, help="checks at a time")
+    parser.add_argument("--seconds", type=float, help="of a check, which fails if it takes longer")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep here what the checks print")
+    parser.add_argument(
+        "--tests", nargs=argparse.REMAINDER, help="for pytest, in place of the usual ones; the last option"
+    )
     args = parser.parse_args()
+    if unknown := set(args.tools) - set(TOOLS):
+        parser.error(f"unknown tools: {', '.join(sorted(unknown))}; there are {', '.join(TOOLS)}")
 
-    programs = {
-        "pytest": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS],
-        "catch2": [str(args.catch2), args.filter],
-    }
-    if not args.catch2.exists():
-        print(f"without the C++ tests: there is no {args.catch2}")
-        del programs["catch2"]
-    failed = []
-    for name, program in programs.items():
-        if args.only not in (None, name):
-            continue
-        for tool in args.tools:
-            if tool != "racecheck":
-                failed += [] if passes(tool, name, program) else [f"{tool} of {name}"]
-            elif name == "catch2":
-                chosen = [races for races in RACES if args.kernel in races.kernel]
-                failed += [f"racecheck of {r.kernel}" for r in chosen if not free_of(r, args.catch2)]
+    checks, failed = chosen_checks(args), []
+    if not checks:
+        parser.error(f"no check has kernels with {args.kernel!r} in their names, or its tests are not built")
+    sanitizer()  # there is one
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {pool.submit(check.run, 49152 + 16 * i, args.seconds): check for i, check in enumerate(checks)}
+        for run in as_completed(runs):
+            output, code, seconds = run.result()
+            if args.logs:
+                args.logs.mkdir(parents=True, exist_ok=True)
+                (args.logs / (re.sub(r"[^\w-]+", "-", runs[run].title) + ".log")).write_text(output)
+            if not report(runs[run], output, code, seconds):
+                failed.append(runs[run].title)
     print(f"failed: {', '.join(failed)}" if failed else "no errors")
     return bool(failed)
 
 
-def sanitizer(tool: str, kernel: str, *options: str) -> list[str]:
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    return [program, "--tool", tool, "--kernel-name", f"kernel_substring={kernel}", *options]
-
-
-def passes(tool: str, name: str, program: list[str]) -> bool:
-    print(f"== {tool}: {name}", flush=True)
-    return subprocess.run([*sanitizer(tool, "nsa", "--error-exitcode", "9"), *program]).returncode == 0
-
-
-def free_of(races: Races, catch2: Path) -> bool:
-    """Whether the test passes and racecheck reports nothing but what is accepted."""
-    print(f"== racecheck: {races.kernel}", flush=True)
-    options = ("--print-limit", "100000", "--launch-count", str(races.launches))
-    command = [*sanitizer("racecheck", races.kernel, *options), str(catch2), races.test]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    reported, unexpected = reported_pairs(result.stdout), races.unexpected(result.stdout)
-    ran = understands(result.stdout) and result.returncode == 0
-    print(f"{len(reported)} reports, {sum(unexpected.values())} of them unexpected; exit {result.returncode}")
-    for pair, count in unexpected.items():
-        print(f"  {count} x between {' and '.join(sorted(pair))}")
-    if not ran or unexpected:
-        print(result.stdout[-2000:])
-    return ran and not unexpected
+def report(check: Check, output: str, code: int | None, seconds: float) -> bool:
+    """Prints what a check found; whether it passed."""
+    launches, wrong = checked_launches(output), check.failures(output)
+    if code != 0:
+        wrong.append("it took too long" if code is None else f"exit {code}")
+    if not launches:
+        wrong.append(f"no kernel with {check.kernel!r} in its name was seen")
+    reports = f", {len(reported_pairs(output))} reports" if check.tool == "racecheck" else ""
+    print(f"== {check.title}: {sum(launches.values())} launches{reports}, {seconds:.0f} s")
+    print("   " + " ".join(f"{name} x{count}" for name, count in sorted(launches.items())))
+    for line in wrong:
+        print(f"  FAILED: {line}")
+    if wrong:
+        print(output[-3000:])
+    sys.stdout.flush()
+    return not wrong
 
 
 if __name__ == "__main__":
