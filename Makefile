@@ -40,7 +40,7 @@ test-gpu: build
 
 # 500 random shapes against the reference, in bounded time: on the GPU, or on the CPU where there is none.
 fuzz: build
-	python tests/fuzz.py --jobs $$(( ($$(nproc) + 1) / 2 ))
+	python tests/fuzz.py
 
 lint: $(SETUP)
 	ruff check .

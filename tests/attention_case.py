@@ -27,7 +27,7 @@ def attention_rest(x: Inputs) -> tuple:
 
 def attention_reference(indices: Tensor, every_output: bool = False) -> Callable:
     """reference.attention on a given selection: in low precision near-ties may be chosen differently."""
-    indices = indices.cpu()
+    indices = to(indices)
 
     def attend(q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits, *rest):
         *cu, length, stride, block_size, _, _, _, window, scale = rest

@@ -58,7 +58,7 @@ class CacheCase:
         self.paged, self.has_ring = "paged" in self.layout, "ring" in self.layout
         unit = case.block_size * (1 if self.paged else 4)
         unit = unit if unit % case.compress[1] == 0 else unit * case.compress[1]
-        longest = max(case.lengths)
+        longest = max(1, *case.lengths)
         self.page = unit if self.paged else -(-longest // unit) * unit
         self.width = -(-longest // self.page)
         self.num_pages = len(case.lengths) * self.width + 3 if self.paged else len(case.lengths)
@@ -72,11 +72,8 @@ class CacheCase:
         most = max(case.query_lengths)
         self.ring = min(self.page * self.width, case.window - 1 + max(most, 1))
         self.tail = min(self.page * self.width, case.compress[0] - 1 + max(most, 1))
-        slc = [self.pages(self.x.keys("slc"), 1), self.pages(self.x.values("slc"), 1)]
-        cmp = [
-            self.pages(self.x.keys("cmp"), case.compress[1]),
-            self.pages(self.x.values("cmp"), case.compress[1]),
-        ]
+        slc = [self.pages(self.x.keys("slc")), self.pages(self.x.values("slc"))]
+        cmp = [self.pages(rows, case.compress[1]) for rows in (self.x.keys("cmp"), self.x.values("cmp"))]
         swa = [None, None]
         if self.has_ring:
             swa = [self.ring_of(rows, self.ring) for rows in (self.x.keys("swa"), self.x.values("swa"))]
@@ -97,14 +94,14 @@ class CacheCase:
         """Page and row of row s of sequence b, with `page` rows per page."""
         return (int(self.table[b, s // page]) if self.paged else b), s % page
 
-    def pages(self, rows: Tensor, stride: int) -> Tensor:
-        """Tokens (stride 1) or compressed rows as pages."""
-        case, page, device, rows = self.x.case, self.page // stride, rows.device, rows.cpu()
+    def pages(self, rows: Tensor, stride: int | None = None) -> Tensor:
+        """Tokens or, with a stride, compressed rows as pages."""
+        case, page, device, rows = self.x.case, self.page // (stride or 1), rows.device, rows.cpu()
         out = torch.full((self.num_pages, page, *rows.shape[1:]), float("nan"), dtype=rows.dtype)
-        extra = case.compress[0] // stride - 1 if stride > 1 else 0
+        extra = case.compress[0] // stride - 1 if stride else 0
         for b, held in enumerate(self.held):
-            first = case.first_compressed_row(b) if stride > 1 else sum(case.lengths[:b])
-            count = max(0, (held - case.compress[0]) // stride + 1) if stride > 1 else held
+            first = case.first_compressed_row(b) if stride else sum(case.lengths[:b])
+            count = max(0, (held - case.compress[0]) // stride + 1) if stride else held
             for i in range(count):
                 out[self.row(b, i + extra, page)] = rows[first + i]
         return out.to(device)

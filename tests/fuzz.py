@@ -1,7 +1,7 @@
 """Random shapes of every operator, forward and backward, against the fp64 reference, in bounded time.
 
     python tests/fuzz.py                            500 shapes, on both paths of a GPU, else on the CPU
-    python tests/fuzz.py --jobs 8                   in processes: the reference on the CPU takes the time
+    python tests/fuzz.py --reference cpu            on a GPU, but the reference on the CPU: many times as long
     python tests/fuzz.py --device cpu --shapes 50 --seconds 60
     python tests/fuzz.py --seed 1234 --shapes 1     one shape again
 
@@ -10,6 +10,7 @@ that repeats it.
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import sys
@@ -22,15 +23,19 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # an installed nsa_ext wins
 
+import harness
 import torch
 from attention_case import attention_tensors, check_attention
+from cache_case import LAYOUTS
 from cases import CPU_DTYPES, CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
 from harness import branch_check, rows_of_no_query
+from test_cache_ops import KINDS, test_append_kv, test_decode_attention
 from test_compress import check_compress, phi
 from test_edge_garbage import band_garbage
 from tolerance import SelectionRule, assert_selection_valid
 
-PAIRS = 2e6  # of queries, keys and heads: what the dense reference can do in about a second
+PAIRS = 2e6  # of queries, keys and heads: what the dense reference can do in about a second on a CPU
+MOST_TOKENS = 16  # of a sequence in a step of decoding
 
 
 def draw_case(rng: random.Random, device: str) -> Case:
@@ -68,6 +73,12 @@ def draw_case(rng: random.Random, device: str) -> Case:
     )
 
 
+def decoding(rng: random.Random, case: Case) -> Case:
+    """A step of decoding over the sequences of a shape."""
+    queries = tuple(min(n, rng.choice([0, 1, 1, rng.randint(1, MOST_TOKENS)])) for n in case.lengths)
+    return dataclasses.replace(case, queries=queries, packed=True, pad=(case.pad[0], 0), slack=0)
+
+
 def checks(rng: random.Random, x: Inputs) -> dict[str, object]:
     """name -> a call that compares one operator, with its gradients, on these inputs."""
     case = x.case
@@ -78,6 +89,9 @@ def checks(rng: random.Random, x: Inputs) -> dict[str, object]:
     )
     hidden = 8 * hidden if x.device == "cuda" else hidden
     dirty = rng.random() < 0.5  # NaN and Inf where nobody looks
+    step = (decoding(rng, case), x.device, x.dtype)
+    layout, cache_kind = rng.choice(LAYOUTS), rng.choice(KINDS)
+    rotary = case.dims[0] % 2 == 0 and rng.random() < 0.7
 
     def attention() -> None:
         garbage = {"q": rows_of_no_query(case), "gate_logits": rows_of_no_query(case)}
@@ -98,11 +112,17 @@ def checks(rng: random.Random, x: Inputs) -> dict[str, object]:
         "selected_attention": lambda: branch("selected_attention", "slc", (case.block_size,)),
         "sliding_window_attention": lambda: branch("sliding_window_attention", "swa", (case.window,)),
         "compress": lambda: check_compress(x, kind, phi(x, kind, per_head, hidden)),
+        "decode_attention": lambda: test_decode_attention(*step, layout),
+        "append_kv": lambda: test_append_kv(*step, layout, cache_kind, per_head, rotary),
     }
 
 
-def run_shape(seed: int, device: str) -> str | None:
+def run_shape(seed: int, device: str, reference: str) -> str | None:
     """None, or what failed."""
+    harness.reference_device = reference
+    # The baseline's products are to err no more than those of a CPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     for path in ("cuda", "portable") if device == "cuda" else ("cpu",):
         os.environ["NSA_CUDA_PATH"] = path
         rng = random.Random(seed)
@@ -126,7 +146,7 @@ def run_shapes(args: argparse.Namespace) -> Iterator[tuple[int, str | None]]:
         for seed in seeds:
             if time.monotonic() > last:
                 return
-            yield seed, run_shape(seed, args.device)
+            yield seed, run_shape(seed, args.device, args.reference)
         return
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
@@ -137,7 +157,7 @@ def run_shapes(args: argparse.Namespace) -> Iterator[tuple[int, str | None]]:
                 seed = next(seeds, None)
                 if seed is None:
                     break
-                running[pool.submit(run_shape, seed, args.device)] = seed
+                running[pool.submit(run_shape, seed, args.device, args.reference)] = seed
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -152,9 +172,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--shapes", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=540, help="no shape begins later than this")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core, on a GPU at most 16)")
+    parser.add_argument("--reference", choices=("cpu", "cuda"), help="where it computes (default: --device)")
     parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next ones count up")
     args = parser.parse_args()
+    args.reference = args.reference or args.device
+    cores = len(os.sched_getaffinity(0))
+    # A process on a GPU holds half a gigabyte of its memory, and what its kernels need.
+    args.jobs = args.jobs or min(cores, args.shapes, 16 if args.device == "cuda" else cores)
 
     begin, done, failed = time.monotonic(), 0, []
     for seed, failure in run_shapes(args):

@@ -13,6 +13,8 @@ from nsa_ext import reference
 Tensors = Mapping[str, Tensor | None]
 Masks = Mapping[str, Tensor]
 
+reference_device = "cpu"  # where the reference computes; fuzz.py has it on the GPU, for speed
+
 
 def op(name: str) -> Callable:
     return getattr(torch.ops.nsa, name)
@@ -56,10 +58,10 @@ def run(
 
 
 def to(x: object, dtype: torch.dtype | None = None) -> object:
-    """On the CPU, floating tensors in dtype."""
+    """Where the reference computes, floating tensors in dtype."""
     if not isinstance(x, Tensor):
         return x
-    return x.detach().cpu().to(dtype if dtype is not None and x.is_floating_point() else x.dtype)
+    return x.detach().to(reference_device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
 
 
 def with_garbage(x: Tensor, rows: Tensor) -> Tensor:
