@@ -68,7 +68,6 @@ def measure(
     begin, budget_s = time.perf_counter(), min(method.budget_s, method.limit_s)
     is_cuda = device == "cuda"
     time_calls = _time_cuda_calls if is_cuda else _time_cpu_calls
-    active = dict(prepare)
     samples: dict[Hashable, list[float]] = {key: [] for key in prepare}
     clocks: dict[Hashable, list[int]] = {key: [] for key in prepare}
     estimates, kept, failures = dict(estimate_ms or {}), {}, {}
@@ -77,8 +76,9 @@ def measure(
         """[] when the memory does not suffice, now or before."""
         if key in failures:
             return []
+        call = None
         try:
-            call = kept.get(key) or active[key]()
+            call = kept.get(key) or prepare[key]()
             if not is_cuda:
                 kept[key] = call
             if burst.warm_up:
@@ -86,6 +86,7 @@ def measure(
             return time_calls(call, burst.calls, clocks[key])
         except torch.OutOfMemoryError as error:
             failures[key] = error.with_traceback(None)  # whose frames hold tensors
+        del call  # which may hold a graph
         gc.collect()
         torch.cuda.empty_cache()
         return []

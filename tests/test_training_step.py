@@ -246,10 +246,6 @@ def test_module_gradients_like_the_cpu(layout: str, share_kv: bool) -> None:
 
     All blocks are selected, so that no near-tie of the selection decides.
     """
-    check_module_gradients("cuda", layout, share_kv)
-
-
-def check_module_gradients(device: str, layout: str, share_kv: bool) -> None:
     module = make("cpu", share_kv=share_kv, num_selected_blocks=16)
     with torch.no_grad():
         for parameter in module.parameters():  # what starts at zero would hide an error
@@ -258,7 +254,7 @@ def check_module_gradients(device: str, layout: str, share_kv: bool) -> None:
     hidden, d_o = (torch.randn(2, 500, SMALL["hidden_size"]).bfloat16() for _ in range(2))
     exact = module_gradients(copy.deepcopy(module).double(), hidden.double(), layout, d_o.double())
     baseline = module_gradients(module, hidden, layout, d_o)
-    actual = module_gradients(copy.deepcopy(module).to(device), hidden.to(device), layout, d_o.to(device))
+    actual = module_gradients(copy.deepcopy(module).cuda(), hidden.cuda(), layout, d_o.cuda())
     names = ["hidden_states", *(name for name, _ in module.named_parameters())]
     for name, a, e, b in zip(names, actual, exact, baseline, strict=True):
         assert_close(name, a, e, b)

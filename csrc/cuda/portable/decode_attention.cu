@@ -1,8 +1,8 @@
-// Attention of a few tokens per sequence over a cache, by mma.sync (sm_80 and newer), in three launches whose
+// Attention of a few tokens per sequence over a cache, by mma.sync (sm_80 and newer), in four launches whose
 // grids depend on shapes alone:
 //   1 compressed keys and the window, split over thread blocks; logits of the compressed keys to the
-//   workspace; 2 the compressed branch merged, block scores from its lse, and the choice by the last block of
-//   a token; 3 the chosen blocks, split; the last block of a token merges the branches through the gate.
+//   workspace; 2 block scores from the lse of the compressed branch, and the choice by the last block of a
+//   token; 3 the chosen blocks, split; 4 the parts of the three branches merged, through the gate.
 // Which block is the last never changes a result: partial results are merged in the order of their numbers.
 #include "cuda/portable/decode_tile.cuh"
 #include "cuda/portable/launch.h"
