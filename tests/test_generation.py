@@ -66,6 +66,35 @@ def test_greedy_generation_of_a_batch_equals_whole_forwards(attention, options):
     assert collect(model, 25, **options) == [follow(model, prompt, 25) for prompt in PROMPTS]
 
 
+def model_on(device: str) -> Decoder:
+    """What GPUs have kernels for; every block is selected, so that no near-tie of the selection decides."""
+    torch.manual_seed(1)
+    shape = SHAPE | {"hidden_size": 128, "head_dim": 64}
+    model = Decoder(ModelConfig(VOCAB, nsa=NSA | {"block_size": 32}, **shape))
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return model.to(device).eval()
+
+
+def assert_greedy(model: Decoder, prompt: list[int], tokens: list[int]) -> None:
+    """Each token is the best one behind the whole forward of those before it, but for rounding to 16 bits."""
+    for i, token in enumerate(tokens):
+        logits = model.read_again([prompt + tokens[:i]])[0].float()
+        assert logits[token] >= logits.max() - 0.02 * (logits.max() - logits.min()), i
+
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"page_block_size": 64, "chunk": 31}], ids=["contiguous", "paged"])
+def test_generation_under_autocast(device, options):
+    model = model_on(device)
+    with torch.autocast(device, torch.bfloat16):
+        for prompt, tokens in zip(PROMPTS, collect(model, 25, **options), strict=True):
+            assert len(tokens) == 25
+            assert_greedy(model, prompt, tokens)
+
+
 def test_shared_keys():
     model = make_model(share_kv=True)
     assert collect(model, 12) == [follow(model, prompt, 12) for prompt in PROMPTS]
@@ -131,6 +160,18 @@ def test_requests_get_what_they_would_get_alone(num_pages):
     assert server.cache.lengths == (0, 0, 0)
     text = serve.report(requests, seconds, server.steps)
     assert "7 requests, 301 prompt and 63 new tokens" in text and "first token" in text
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_requests_under_autocast(device):
+    model, requests = model_on(device), make_requests()
+    with torch.autocast(device, torch.bfloat16):
+        server = serve.Server(model, Sampler(0), slots=3, max_seqlen=128, page_block_size=32, chunk=24)
+        serve.run(server, requests)
+        for request in requests:
+            assert len(request.tokens) == request.count
+            assert_greedy(model, request.prompt, request.tokens)
+    assert server.cache.num_free_pages == server.cache.allocator.num_pages
 
 
 def test_a_request_that_never_fits_is_refused():
