@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,6 +214,13 @@ def sanitizer() -> str:
     )
 
 
+def free_port() -> int:
+    """Where a compute-sanitizer can listen beside others."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
 @dataclass(frozen=True)
 class Check:
     """One run of a program under one tool; a failure is what it says beyond its exit status."""
@@ -228,10 +236,10 @@ class Check:
     def title(self) -> str:
         return f"{self.tool} of {self.name}"
 
-    def run(self, port: int, seconds: float) -> tuple[str, int | None, float]:
+    def run(self, seconds: float | None) -> tuple[str, int | None, float]:
         """What it printed, its exit status (None: it took longer), and the seconds it took."""
         command = [sanitizer(), "--tool", self.tool, "--kernel-name", f"kernel_substring={self.kernel}"]
-        command += ["--dump-kernel-launches", "--show-backtrace", "device", "--port", str(port)]
+        command += ["--dump-kernel-launches", "--show-backtrace", "device", "--port", str(free_port())]
         command += ["--launch-timeout", "60", "--print-limit", "1000000", *self.options, *self.program]
         begin = time.monotonic()
         process = subprocess.Popen(
@@ -302,7 +310,7 @@ def main() -> int:
         parser.error(f"no check has kernels with {args.kernel!r} in their names, or its tests are not built")
     sanitizer()  # there is one
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(check.run, 49152 + 16 * i, args.seconds): check for i, check in enumerate(checks)}
+        runs = {pool.submit(check.run, args.seconds): check for check in checks}
         for run in as_completed(runs):
             output, code, seconds = run.result()
             if args.logs:
