@@ -7,7 +7,8 @@
 
 namespace nsa::cuda {
 
-// The arithmetic of gated_combine, bit by bit: the selected output is rounded before it is weighed.
+// The arithmetic of gated_combine, bit by bit: the selected output is rounded before it is weighed. Nothing
+// that goes by here is wanted in the L2 cache again, unlike the keys.
 template <typename T, int kOut>
 struct GatedRows {
   static constexpr int kGroups = kOut / 4;  // of 32 columns, of which a thread holds 8
@@ -22,8 +23,8 @@ struct GatedRows {
 
   __device__ __forceinline__ uint4 load(int branch, int h, int group) const {
     if (!valid[h]) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(gate.o_branch[branch]) + begin(h) +
-                                           32 * group);
+    return __ldcs(
+        reinterpret_cast<const uint4*>(static_cast<const T*>(gate.o_branch[branch]) + begin(h) + 32 * group));
   }
 
   __device__ __forceinline__ void load_weights(float (&weight)[kNumBranches], int h) const {
@@ -72,10 +73,10 @@ struct GatedRows {
       if (h == 0) cmp[i] = load(0, 1, i), swa[i] = load(2, 1, i);
       if (!valid[h]) continue;
       const int64_t at = begin(h) + 32 * i;
-      if (o_slc != nullptr) *reinterpret_cast<uint4*>(o_slc + at) = slc;
-      *reinterpret_cast<uint4*>(static_cast<T*>(gate.o) + at) =
-          make_uint4(ptx::pack2<T>(sum[0].x, sum[0].y), ptx::pack2<T>(sum[1].x, sum[1].y),
-                     ptx::pack2<T>(sum[2].x, sum[2].y), ptx::pack2<T>(sum[3].x, sum[3].y));
+      if (o_slc != nullptr) __stcs(reinterpret_cast<uint4*>(o_slc + at), slc);
+      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(gate.o) + at),
+             make_uint4(ptx::pack2<T>(sum[0].x, sum[0].y), ptx::pack2<T>(sum[1].x, sum[1].y),
+                        ptx::pack2<T>(sum[2].x, sum[2].y), ptx::pack2<T>(sum[3].x, sum[3].y)));
     }
   }
 };
