@@ -37,8 +37,8 @@ NSA_LAUNCH_BEST(select_blocks, SelectBlocksParams)
 NSA_LAUNCH_BEST(selected_attention_forward, SelectedAttentionFwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_forward, GatedCombineFwdParams)
 NSA_LAUNCH_PORTABLE(fill_padding, FillPaddingParams)
-NSA_LAUNCH_PORTABLE(append_kv, AppendKvParams)
-NSA_LAUNCH_PORTABLE(decode_attention, DecodeAttentionParams)
+NSA_LAUNCH_BEST(append_kv, AppendKvParams)
+NSA_LAUNCH_BEST(decode_attention, DecodeAttentionParams)
 NSA_LAUNCH_BEST(banded_attention_backward, BandedAttentionBwdParams)
 NSA_LAUNCH_BEST(selected_attention_backward, SelectedAttentionBwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_backward, GatedCombineBwdParams)
@@ -104,6 +104,8 @@ int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
 }
 int64_t workspace_bytes(const CompressBwdParams& p) { return compress_backward_workspace(p); }
 int64_t workspace_bytes(const AppendKvParams& p) { return portable::workspace_bytes(p); }
-int64_t workspace_bytes(const DecodeAttentionParams& p) { return portable::workspace_bytes(p); }
+int64_t workspace_bytes(const DecodeAttentionParams& p) {
+  return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);
+}
 
 }  // namespace nsa::cuda

@@ -62,6 +62,8 @@ constexpr SupportRow kSupport[] = {
     {"select_blocks", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"selected_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
     {"sliding_window_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
+    {"append_kv", Path::kCudaSm90, kCudaDTypes, NSA_PORTABLE_HEAD_DIMS},
+    {"decode_attention", Path::kCudaSm90, kCudaDTypes, NSA_SM90_HEAD_DIMS},
 };
 
 #undef NSA_PORTABLE_HEAD_DIMS

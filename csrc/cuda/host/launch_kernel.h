@@ -42,7 +42,29 @@ Status launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t sh
 }
 
 // The same for a kernel that waits for the one in front of it before it touches memory: it may begin before
-// that one has ended. Code for devices older than sm_90 does not wait, and is launched as usual.
+// that one has ended (sm_90). In clusters of `cluster` thread blocks along x.
+template <typename Kernel, typename... Args>
+Status launch_chained_clusters(const char* name, Kernel kernel, dim3 grid, int cluster, int threads,
+                               size_t shared_bytes, const Stream& stream, const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  cudaLaunchKernelEx(&config, kernel, args...);
+  return last_error(name);
+}
+
+// The same without clusters. Code for devices older than sm_90 does not wait, and is launched as usual.
 template <typename Kernel, typename... Args>
 Status launch_chained(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                       const Stream& stream, const Args&... args) {
@@ -50,20 +72,7 @@ Status launch_chained(const char* name, Kernel kernel, dim3 grid, int threads, s
   cudaFuncGetAttributes(&code, kernel);
   if (code.ptxVersion < 90 || code.binaryVersion < 90)
     return launch(name, kernel, grid, threads, shared_bytes, stream, args...);
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, args...);
-  return last_error(name);
+  return launch_chained_clusters(name, kernel, grid, 1, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace nsa::cuda

@@ -1,4 +1,5 @@
-// Bulk tensor copies (TMA, sm_90): a box of a tensor from global into shared memory by one thread's order.
+// Bulk copies (TMA, sm_90): bytes, or a box of a tensor, from global into shared memory by one thread's
+// order.
 #pragma once
 
 #include <cuda.h>
@@ -29,7 +30,8 @@ __device__ __forceinline__ void bulk_load_4d(uint32_t shared, const CUtensorMap*
       : "memory");
 }
 
-// PTX: cp.async.bulk: `bytes` (a multiple of 16) from an address that is one too.
+// PTX: cp.async.bulk: contiguous `bytes`, a multiple of 16, from an address that is one too; the barrier gets
+// their number.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t barrier,
                                           uint32_t bytes) {
   asm volatile(

@@ -29,5 +29,8 @@ bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const
                                       Begin begin, const Stream& stream, Status* status);
 bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
+bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status);
+bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status);
+int64_t workspace_bytes(const DecodeAttentionParams& p);  // 0 where decode_attention returns false
 
 }  // namespace nsa::cuda::sm90

@@ -6,13 +6,16 @@
 
 namespace nsa::cuda {
 
-__device__ inline Sequence clamped_sequence(const CachedBatch& seqs, int64_t b) {
-  Sequence seq = seqs.sequence(b);
-  const int64_t cached = min64(max64(seqs.cache_seqlens[b], 0), seqs.capacity);
+__device__ inline Sequence clamped_sequence(const CachedBatch& seqs, Sequence seq, int64_t cached) {
+  cached = min64(max64(cached, 0), seqs.capacity);
   seq.q_begin = min64(max64(seq.q_begin, 0), seqs.total_q);
   seq.q_len = min64(max64(seq.q_len, 0), min64(seqs.total_q - seq.q_begin, seqs.capacity - cached));
   seq.k_len = cached + seq.q_len;
   return seq;
+}
+
+__device__ inline Sequence clamped_sequence(const CachedBatch& seqs, int64_t b) {
+  return clamped_sequence(seqs, seqs.sequence(b), seqs.cache_seqlens[b]);
 }
 
 // KeyBlocks in 32 bits, for positions in a cache: a 64-bit division costs a hundred instructions.
@@ -39,6 +42,36 @@ __device__ inline int64_t find_sequence(const CachedBatch& seqs, int64_t row) {
   }
   const Sequence seq = clamped_sequence(seqs, low);
   return row >= seq.q_begin && row < seq.q_begin + seq.q_len ? low : -1;
+}
+
+// The same by one warp, with the token's position: what it loads for up to 32 sequences is on its way at the
+// same time.
+struct TokenPlace {
+  int64_t b;     // -1 for padding
+  int position;  // in the sequence
+};
+
+__device__ inline TokenPlace find_token_by_warp(const CachedBatch& seqs, int64_t row, int lane) {
+  const int batch = static_cast<int>(seqs.batch);
+  int low = 0;
+  if (seqs.cu_seqlens_q == nullptr) {
+    low = static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(seqs.total_q / seqs.batch));
+  }
+  int step = seqs.cu_seqlens_q == nullptr ? 1 : batch;
+  while (step > 32) {
+    step = (step + 31) / 32;
+    const int probe = low + lane * step;
+    const bool reached = probe < batch && seqs.cu_seqlens_q[probe] <= row;
+    low += (max(1, __popc(__ballot_sync(~0u, reached))) - 1) * step;
+  }
+  const int own = low + (lane < step ? lane : 0), b = min(own, batch - 1);
+  const Sequence seq = clamped_sequence(seqs, seqs.sequence(b), seqs.cache_seqlens[b]);
+  const bool found = row >= seq.q_begin && row < seq.q_begin + seq.q_len;
+  const unsigned who = __ballot_sync(~0u, found);
+  if (who == 0) return {-1, -1};
+  const int first = __ffs(who) - 1;
+  return {__shfl_sync(~0u, b, first),
+          __shfl_sync(~0u, static_cast<int>(seq.position(row - seq.q_begin)), first)};
 }
 
 // Where row s of sequence b lies. 32-bit division: a cache has fewer than 2^31 tokens per sequence.

@@ -110,12 +110,17 @@ __device__ __forceinline__ uint64_t ranked_score(float score, int index) {
   return static_cast<uint64_t>(score_key(score)) << 24 | (0xffffff - index);
 }
 
-// choose_blocks by all threads of a block: few candidates are left above the k-th largest of partial maxima,
-// and each finds its rank by comparison with all others. Small code matters: a decoding step runs it cold.
-template <int kThreads>
+struct SyncBlock {
+  __device__ __forceinline__ void operator()() const { __syncthreads(); }
+};
+
+// choose_blocks by all threads of a block, or by as many as `sync` brings together: few candidates are left
+// above the k-th largest of partial maxima, and each finds its rank by comparison with all others. Small code
+// matters: a decoding step runs it cold.
+template <int kThreads, typename Sync = SyncBlock>
 __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float* scores, int own, int n,
                                                        int num_initial, int num_local,
-                                                       BestOfBlock<kThreads>& best) {
+                                                       BestOfBlock<kThreads>& best, const Sync& sync = {}) {
   constexpr int kMaxima = kThreads / 2;  // not fewer than k
   static_assert(kMaxima >= 64);
   const int thread = threadIdx.x;
@@ -139,7 +144,7 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
   for (int i = thread; i < count; i += kThreads) high = max(high, score_key(candidates[i]));
   high = max(high, __shfl_xor_sync(~0u, high, 1));
   if ((thread & 1) == 0) best.maxima[thread / 2] = high;
-  __syncthreads();
+  sync();
   int above = 0, reaching = 0;
 #pragma unroll 4
   for (int i = 0; i < kMaxima; i += 4) {
@@ -148,7 +153,7 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
     reaching += (other.x >= high) + (other.y >= high) + (other.z >= high) + (other.w >= high);
   }
   if (above < k && reaching >= k) best.bound = high;  // all that write write the same
-  __syncthreads();
+  sync();
   const int bound = best.bound;
 #pragma unroll 1
   for (int i = thread; i < count; i += kThreads) {
@@ -156,7 +161,7 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
     const int at = atomicAdd(&best.held, 1);
     if (at < kThreads) best.candidate[at] = i;
   }
-  __syncthreads();
+  sync();
   int held = best.held;
   if (held > kThreads) {
     // Many equal scores: the k-th largest number of all, bit by bit.
@@ -168,33 +173,33 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
 #pragma unroll 1
       for (int i = thread; i < count; i += kThreads) reach += ranked_score(candidates[i], i) >= trial;
       if (thread == 0) best.counts[bit & 1] = 0;
-      __syncthreads();
+      sync();
       reach = __reduce_add_sync(~0u, reach);
       if ((thread & 31) == 0) atomicAdd(&best.counts[bit & 1], reach);
-      __syncthreads();
+      sync();
       if (best.counts[bit & 1] >= k) kth = trial;
     }
     if (thread == 0) best.held = 0;
-    __syncthreads();
+    sync();
 #pragma unroll 1
     for (int i = thread; i < count; i += kThreads) {
       if (ranked_score(candidates[i], i) >= kth) best.candidate[atomicAdd(&best.held, 1)] = i;
     }
-    __syncthreads();
+    sync();
     held = best.held;
   }
   // Neither the order of the candidates nor that of the sums below matters.
   const int index = thread < held ? best.candidate[thread] : 0x7fffffff;
   const int key = thread < held ? score_key(candidates[index]) : -1;
   best.maxima[thread] = key;
-  __syncthreads();
+  sync();
   int rank = 0;
 #pragma unroll 4
   for (int i = 0; i < held; ++i)
     rank += best.maxima[i] > key || (best.maxima[i] == key && best.candidate[i] < index);
   const bool chosen = thread < held && rank < k;
   best.chosen[thread] = chosen ? index : 0x7fffffff;
-  __syncthreads();
+  sync();
   if (!chosen) return;
   int at = 0;
 #pragma unroll 4

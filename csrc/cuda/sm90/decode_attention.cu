@@ -1,0 +1,706 @@
+// Attention of a few tokens per sequence over a cache, on Hopper, in one launch.
+//
+// A cluster of thread blocks has one token and the heads of a group. Its warps stream the compressed keys, a
+// tile each at a time, and keep the sums of a tile's probabilities by selection block; the cluster exchanges
+// what the softmax needs, then the block scores, and every thread block makes the same choice. Meanwhile the
+// keys of the window are on their way; those of the chosen blocks follow. All sums are in fixed order.
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/sm90/cluster_room.h"
+#include "cuda/sm90/decode_plan.h"
+#include "cuda/sm90/decode_tile.cuh"
+#include "cuda/sm90/device.h"
+#include "cuda/sm90/launch.h"
+#include "cuda/tile/top_k.cuh"
+
+namespace nsa::cuda::sm90 {
+namespace {
+
+constexpr int kMaxThreads = kMaxDecodeWarps * 32;
+constexpr int kChoiceThreads = 128;
+constexpr int kChoiceBarrier = 1;
+constexpr int kRowStates = 2 * kDecodeRows;  // slc, swa
+
+template <int kDimQK, int kDimV>
+struct Layout {
+  static constexpr int kQBytes = tile_bytes<kDimQK>(kDecodeRows);
+  static constexpr int kStageBytes = DecodeRing<kDimQK, kDimV>::kStageBytes;
+  // A warp's outputs, in place of its ring; the pitch spreads the rows of a quad's store over the banks.
+  static constexpr int kOutputPitch = kDimV + 8;
+  static constexpr int kOutputBytes = kDecodeRows * kOutputPitch * 4;
+  static constexpr int kParkedBytes = kDecodeRows * kDimV * 4;  // of a warp
+  static constexpr int kSliceBytes = kDecodeRows * kDimV * 4;
+  static_assert(kOutputBytes <= kStageBytes);
+};
+
+// What the thread blocks of a cluster tell each other, once each.
+enum Exchange { kCmpStates, kScores, kStates, kSlices, kExchanges };
+
+// What is in shared memory beside the tiles.
+struct Shared {
+  float taps[kMaxDecodeTaps];
+  float gates[kNumBranches][kDecodeRows];
+  float2 warp_state[kMaxDecodeWarps][kRowStates];     // of each warp
+  float2 cmp_state[kMaxDecodeCluster][kDecodeRows];   // of each thread block, compressed keys
+  float2 state[kMaxDecodeCluster][kRowStates];        // of each part, the other branches
+  float factor[kMaxDecodeWarps][kRowStates];          // of each warp's outputs
+  float lse_log2[kMaxDecodeWarps][kDecodeRows];       // of the compressed branch; the same for all warps
+  float spilled[kMaxDecodeCluster][kMaxDecodeSpill];  // scores that thread blocks have for the next one
+  int chosen[kMaxDecodeSelected];
+  BestOfBlock<kChoiceThreads> best;
+  alignas(8) uint64_t full[kMaxDecodeWarps * kMaxDecodeStages];
+  uint64_t q_full;
+  uint64_t exchanged[kExchanges];
+};
+
+constexpr int kSharedBytes = static_cast<int>(round_up(sizeof(Shared), 256));
+
+// What a thread block works on: one token, and 16 heads of a group.
+struct Unit {
+  int64_t b, row;                               // sequence (-1: padding), row of q
+  int position, head_kv, first_head, num_rows;  // first_head: query head of row 0
+  int part, slab;
+};
+
+__device__ Unit find_unit(const DecodeAttentionParams& p, const DecodePlan& plan, int lane) {
+  const int group = p.shape.group();
+  Unit unit;
+  unit.part = blockIdx.x / plan.slabs;
+  unit.slab = blockIdx.x % plan.slabs;
+  unit.head_kv = blockIdx.y;
+  unit.row = blockIdx.z;
+  unit.first_head = unit.head_kv * group + unit.slab * kDecodeRows;
+  unit.num_rows = max(0, min(kDecodeRows, group - unit.slab * kDecodeRows));
+  const TokenPlace place = find_token_by_warp(p.seqs, unit.row, lane);
+  unit.b = place.b;
+  unit.position = place.position;
+  return unit;
+}
+
+// Rows of no sequence: o = 0, lse = -inf, block_indices = -1.
+template <typename T>
+__device__ void write_padding(const DecodeAttentionParams& p, const Unit& unit) {
+  const int dim_v = p.shape.head_dim_v, n = p.num_selected_blocks, threads = blockDim.x;
+  const int64_t first = unit.row * p.shape.num_heads_q + unit.first_head;
+  if (unit.part != 0) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += threads)
+    p.block_indices[(unit.row * p.shape.num_heads_kv + unit.head_kv) * n + i] = -1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < unit.num_rows * dim_v; i += threads)
+    static_cast<T*>(p.o)[first * dim_v + i] = static_cast<T>(0.f);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < unit.num_rows * kNumBranches; i += threads)
+    static_cast<float*>(
+        p.lse)[i / unit.num_rows * p.seqs.total_q * p.shape.num_heads_q + first + i % unit.num_rows] =
+        kNegInf;
+}
+
+__device__ __forceinline__ float gate(const DecodeAttentionParams& p, int64_t row, int branch) {
+  const int64_t at = row * kNumBranches + branch;
+  float logit;
+  if (p.gate_dtype == DType::kF32) {
+    logit = static_cast<const float*>(p.gate_logits)[at];
+  } else if (p.gate_dtype == DType::kBF16) {
+    logit = __bfloat162float(static_cast<const __nv_bfloat16*>(p.gate_logits)[at]);
+  } else {
+    logit = __half2float(static_cast<const __half*>(p.gate_logits)[at]);
+  }
+  return 1.f / (1.f + __expf(-logit));
+}
+
+// Q by one warp; rows that are none are zeros. Every lane arrives at the barrier.
+template <typename T, int kDimQK>
+__device__ __forceinline__ void load_queries(const DecodeAttentionParams& p, const Unit& unit, uint32_t tile,
+                                             uint32_t barrier, int lane) {
+  const T* first =
+      static_cast<const T*>(p.q.data) + unit.row * p.q.stride_row + unit.first_head * p.q.stride_head;
+  load_tile<kDimQK, kDecodeRows, 32>(
+      tile, [&](int row) { return row < unit.num_rows ? first + row * p.q.stride_head : nullptr; }, lane);
+  ptx::barrier_arrive_after_copies(barrier);
+}
+
+// Stores a value at the same place in the shared memory of thread blocks first, first + 1, .. end - 1 of the
+// cluster.
+template <typename Value>
+__device__ __forceinline__ void tell(Shared& s, Exchange exchange, Value* own, Value value, int cluster,
+                                     int first, int end) {
+  if (cluster == 1) {
+    *own = value;
+    return;
+  }
+  const uint32_t address = ptx::shared_address(own), barrier = ptx::shared_address(&s.exchanged[exchange]);
+#pragma unroll 1
+  for (int rank = first; rank < end; ++rank)
+    ptx::store_async(ptx::cluster_address(address, rank), value, ptx::cluster_address(barrier, rank));
+}
+
+// Until all that others tell is there.
+__device__ __forceinline__ void wait_for(Shared& s, Exchange exchange, int cluster) {
+  if (cluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::barrier_wait(ptx::shared_address(&s.exchanged[exchange]), 0);
+  }
+}
+
+__device__ __forceinline__ float2 merge_states(const float2* state, int count, int stride) {
+  float2 all = make_float2(kNegInf, 0.f);
+#pragma unroll 2
+  for (int i = 0; i < count; ++i) all.x = fmaxf(all.x, state[i * stride].x);
+#pragma unroll 2
+  for (int i = 0; i < count; ++i) {
+    const float2 own = state[i * stride];
+    if (own.y != 0.f) all.y += own.y * ptx::exp2_approx(own.x - all.x);
+  }
+  return all;
+}
+
+__device__ __forceinline__ float lse_of(float2 state) {
+  return state.y == 0.f ? kNegInf : state.x + log2f(state.y);
+}
+
+// Leaves a tile's probabilities summed by selection block, with the logit that they are relative to: two
+// lanes a row.
+__device__ __forceinline__ void sum_by_block(float* sums, const float* probabilities, const float* taps,
+                                             const DecodePlan& plan, float largest, int lane) {
+  const int num_taps = plan.per_block + plan.before;
+  const float* row = probabilities + (lane >> 1) * kDecodeScorePitch;
+  float* target = sums + (lane >> 1) * plan.entries;
+  if (plan.per_block == 4 && plan.before == 1) {
+    // What l = 2 d and l' = 4 d give, without loops: taps 1, 2, 2, 2, 1.
+    const int odd = lane & 1;
+    const float* own = row + odd * 4;
+    const float spilled = odd ? own[-1] : 0.f, last = row[15];
+    const float low = spilled + 2.f * (own[0] + own[1] + own[2]) + own[3];
+    const float high = own[7] + 2.f * (own[8] + own[9] + own[10]) + own[11];
+    target[odd] = low;
+    target[2 + odd] = high;
+    target[4 + odd] = odd ? largest : last;
+    return;
+  }
+#pragma unroll 1
+  for (int e = lane & 1; e < plan.entries; e += 2) {
+    float total = 0.f;
+    int key = e * plan.per_block - plan.before;
+#pragma unroll 1
+    for (int x = 0; x < num_taps; ++x, ++key) {
+      if (static_cast<unsigned>(key) < kDecodeKeys) total = fmaf(taps[x], row[key], total);
+    }
+    target[e] = e == plan.entries - 1 ? largest : total;
+  }
+}
+
+// Entry e of a tile, summed over the heads.
+__device__ __forceinline__ float sum_heads(const float* tile, int entries, int e, const float* lse_log2,
+                                           int num_rows) {
+  float total = 0.f;
+#pragma unroll 4
+  for (int row = 0; row < num_rows; ++row) {
+    const float largest = tile[(row + 1) * entries - 1];
+    const float factor = largest == kNegInf ? 0.f : ptx::exp2_approx(largest - lse_log2[row]);
+    total = fmaf(tile[row * entries + e], factor, total);
+  }
+  return total;
+}
+
+// The compressed keys of a thread block.
+struct Part {
+  int tiles, each, first, last;  // tiles of the sequence, tiles of a part, the own ones
+
+  __device__ Part(int tiles, int parts, int part)
+      : tiles(tiles), each((tiles + parts - 1) / parts), first(begin(part)), last(begin(part + 1)) {}
+  __device__ int begin(int part) const { return min(tiles, part * each); }
+};
+
+struct ChoiceBarrier {
+  __device__ __forceinline__ void operator()() const {
+    ptx::named_barrier_sync(kChoiceBarrier, kChoiceThreads);
+  }
+};
+
+// The scores of the thread block's own selection blocks, to all of the cluster. scores: [slabs, num_blocks].
+__device__ __forceinline__ void share_scores(const DecodePlan& plan, const Unit& unit, const Part& part,
+                                             int own, const float* sums, const float* lse_log2, Shared& s,
+                                             float* scores) {
+  const int threads = blockDim.x, blocks = 1 << plan.tile_shift, real_slabs = plan.real_slabs;
+  float* own_scores = scores + unit.slab * plan.num_blocks;
+  if (unit.slab < real_slabs) {
+    const int end = min(own + 1, part.last << plan.tile_shift);
+#pragma unroll 1
+    for (int j = (part.first << plan.tile_shift) + threadIdx.x; j < end; j += threads) {
+      const int tile = j >> plan.tile_shift, e = j & (blocks - 1);
+      const float* at = sums + static_cast<int64_t>(tile - part.first) * plan.sums_pitch;
+      float score = sum_heads(at, plan.entries, e, lse_log2, unit.num_rows);
+      if (e < plan.spill && tile > part.first)
+        score += sum_heads(at - plan.sums_pitch, plan.entries, blocks + e, lse_log2, unit.num_rows);
+      tell(s, kScores, &own_scores[j], score, plan.cluster, 0, plan.cluster);
+    }
+    if (threadIdx.x < plan.spill) {
+      float score = 0.f;
+      if (part.first < part.last) {
+        const float* at = sums + static_cast<int64_t>(part.last - 1 - part.first) * plan.sums_pitch;
+        score = sum_heads(at, plan.entries, blocks + threadIdx.x, lse_log2, unit.num_rows);
+      }
+      tell(s, kScores, &s.spilled[blockIdx.x][threadIdx.x], score, plan.cluster, 0, plan.cluster);
+    }
+  }
+  // Blocks behind the last tile.
+#pragma unroll 1
+  for (int j = (part.tiles << plan.tile_shift) + threadIdx.x; j <= own; j += threads) {
+#pragma unroll 1
+    for (int slab = 0; slab < real_slabs; ++slab) scores[slab * plan.num_blocks + j] = 0.f;
+  }
+}
+
+// The bytes that all thread blocks together tell of scores.
+__device__ __forceinline__ int score_bytes(const DecodePlan& plan, const Part& part, int own) {
+  return (min(own + 1, part.tiles << plan.tile_shift) + plan.parts() * plan.spill) * plan.real_slabs * 4;
+}
+
+// What the slabs have, and what keys of one part have for blocks of the next: two terms a block and slab.
+__device__ __forceinline__ void finish_scores(const DecodePlan& plan, const Part& part, int own,
+                                              const Shared& s, float* scores) {
+  const int real_slabs = plan.real_slabs;
+  if (real_slabs > 1) {
+#pragma unroll 1
+    for (int j = threadIdx.x; j <= own; j += blockDim.x) {
+      float score = scores[j];
+
+#pragma unroll 1
+      for (int slab = 1; slab < real_slabs; ++slab) score += scores[slab * plan.num_blocks + j];
+      scores[j] = score;
+    }
+    __syncthreads();
+  }
+  if (plan.spill > 0) {
+    if (threadIdx.x < plan.parts() * plan.spill) {
+      const int from = threadIdx.x / plan.spill, e = threadIdx.x % plan.spill;
+      const int behind = part.begin(from + 1), j = (behind << plan.tile_shift) + e;
+      if (part.begin(from) < behind && j <= own) {
+        float score = scores[j];
+
+#pragma unroll 1
+        for (int slab = 0; slab < real_slabs; ++slab) score += s.spilled[from * plan.slabs + slab][e];
+        scores[j] = score;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int kDimQK, int kDimV>
+__global__ void __launch_bounds__(kMaxThreads)
+    decode_attention_sm90(const __grid_constant__ DecodeAttentionParams p,
+                          const __grid_constant__ DecodePlan plan) {
+  using L = Layout<kDimQK, kDimV>;
+  constexpr int kVectors = kDimV / 4;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ Shared s;
+  const uint32_t base = ptx::shared_address(shared), q_full = ptx::shared_address(&s.q_full);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = plan.warps, threads = warps * 32;
+  const int cluster = plan.cluster, parts = plan.parts(), stages = plan.stages;
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < warps * stages; ++i) ptx::barrier_init(ptx::shared_address(&s.full[i]), 32);
+    ptx::barrier_init(q_full, 32);
+#pragma unroll 1
+    for (int i = 0; i < kExchanges; ++i) ptx::barrier_init(ptx::shared_address(&s.exchanged[i]), 1);
+    ptx::barrier_init_fence();
+  }
+  if (threadIdx.x < plan.per_block + plan.before) {
+    // Tap x of selection block j is compressed block j * per_block + x - before, whatever j.
+    const int64_t j = plan.before + 1;
+    s.taps[threadIdx.x] = static_cast<float>(overlap(j * plan.per_block + threadIdx.x - plan.before, j,
+                                                     p.compressed, p.block_size)) /
+                          static_cast<float>(p.compressed.stride);
+  }
+  __syncthreads();
+  if (cluster > 1) ptx::cluster_arrive_relaxed();
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
+
+  const Unit unit = find_unit(p, plan, lane);
+  if (unit.b < 0) {
+    if (cluster > 1) ptx::cluster_wait();
+    write_padding<T>(p, unit);
+    return;
+  }
+  const int end = unit.position + 1, own = unit.position / static_cast<int>(p.block_size);
+  const int end_cmp = CachedKeyBlocks(p.compressed).end_visible(unit.position);
+  const Part part((end_cmp + kDecodeKeys - 1) / kDecodeKeys, parts, unit.part);
+  if (threadIdx.x == 0) {
+    const auto expect = [&](Exchange exchange, int bytes) {
+      ptx::barrier_arrive_expect(ptx::shared_address(&s.exchanged[exchange]), bytes);
+    };
+    expect(kCmpStates, cluster * kDecodeRows * 8);
+    expect(kScores, score_bytes(plan, part, own));
+    expect(kStates, parts * kRowStates * 8);
+    expect(kSlices, L::kSliceBytes);
+  }
+  // A warp's tiles: compressed keys, window, chosen blocks. The latter two are dealt out to all warps of the
+  // cluster that have these heads.
+  const int begin_window =
+      CachedKeyBlocks(KeyBlocks{}).begin_visible(unit.position, static_cast<int>(p.window));
+  const int window_tiles = (end - begin_window + kDecodeKeys - 1) / kDecodeKeys;
+  const int size = static_cast<int>(p.block_size), tiles_of_block = size / kDecodeKeys;
+  const int first_deal = warp * parts + unit.part, step_deal = warps * parts;
+  const auto dealt = [&](int tiles) {
+    return first_deal < tiles && unit.num_rows > 0 ? (tiles - first_deal + step_deal - 1) / step_deal : 0;
+  };
+  const int own_cmp = part.first + warp < part.last && unit.num_rows > 0
+                          ? (part.last - part.first - warp + warps - 1) / warps
+                          : 0;
+  const int before_slc = own_cmp + dealt(window_tiles);
+  struct Tile {
+    int first, end;
+  };
+  const auto tile_at = [&](int i) -> Tile {
+    if (i < own_cmp) return {(part.first + warp + i * warps) * kDecodeKeys, end_cmp};
+    const int dealt_tile = first_deal + (i - own_cmp) * step_deal;
+    if (i < before_slc) return {begin_window + dealt_tile * kDecodeKeys, end};
+    const int tile = dealt_tile - window_tiles, block = s.chosen[tile / tiles_of_block];
+    return {block * size + tile % tiles_of_block * kDecodeKeys, min(end, (block + 1) * size)};
+  };
+  DecodeRing<kDimQK, kDimV> ring(base + plan.ring + warp * stages * L::kStageBytes,
+                                 ptx::shared_address(&s.full[warp * stages]), stages);
+  LaneRows rows(p.k_cmp, p.v_cmp, unit.b, unit.head_kv, plan.before, lane);  // cached_row(0) == before
+  if (warp == 0) load_queries<T, kDimQK>(p, unit, base, q_full, lane);
+
+  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
+  float* sums = reinterpret_cast<float*>(shared + plan.sums);
+  if (plan.global_sums != nullptr) {
+    sums = plan.global_sums +
+           ((unit.row * p.shape.num_heads_kv + unit.head_kv) * plan.slabs + unit.slab) * plan.max_tiles *
+               static_cast<int64_t>(plan.sums_pitch) +
+           part.first * static_cast<int64_t>(plan.sums_pitch);
+  }
+  float* probabilities =
+      reinterpret_cast<float*>(shared + plan.scores) + warp * kDecodeRows * kDecodeScorePitch;
+  float* scores = reinterpret_cast<float*>(shared + plan.scores);
+  float* lse_log2 = s.lse_log2[warp];
+  // Of a warp's compressed branch, from the choice to the end; the sums by block are read by then.
+  float2* parked = reinterpret_cast<float2*>(shared + plan.sums + warp * L::kParkedBytes) + lane;
+  DecodeWarp<T, kDimQK, kDimV> acc, swa;
+  bool chosen = false;
+  int all_tiles = before_slc;
+  // One loop, so that its code is there once: a decoding step runs it cold.
+#pragma unroll 1
+  for (int i = 0;;) {
+#pragma unroll 1
+    while (ring.loaded < min(all_tiles, i + stages)) {
+      const int next = ring.loaded;
+      if (next == own_cmp) rows = LaneRows(p.k_swa, p.v_swa, unit.b, unit.head_kv, 0, lane);
+      if (next == before_slc) rows = LaneRows(p.k_slc, p.v_slc, unit.b, unit.head_kv, 0, lane);
+      const Tile tile = tile_at(next);
+      ring.load(rows, tile.first, tile.end, lane);
+    }
+    if (i == 0 && !chosen) {
+      if (threadIdx.x < kNumBranches * kDecodeRows) {
+        const int branch = threadIdx.x / kDecodeRows, r = threadIdx.x % kDecodeRows;
+        s.gates[branch][r] =
+            r < unit.num_rows ? gate(p, unit.row * p.shape.num_heads_q + unit.first_head + r, branch) : 0.f;
+      }
+      ptx::barrier_wait(q_full, 0);
+      __syncthreads();  // for the gates
+    }
+    if (i == own_cmp && !chosen) {
+      // The softmax of the compressed branch, and the choice.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 state = acc.state(half, scale);
+        if ((lane & 3) == 0) s.warp_state[warp][lane / 4 + 8 * half] = state;
+      }
+      __syncthreads();
+      if (cluster > 1) ptx::cluster_wait();  // all have begun
+#pragma unroll 1
+      for (int k = threadIdx.x; k < kDecodeRows * cluster; k += threads) {
+        const int r = k % kDecodeRows, to = k / kDecodeRows;
+        const float2 state = merge_states(&s.warp_state[0][r], warps, kRowStates);
+        tell(s, kCmpStates, &s.cmp_state[blockIdx.x][r], state, cluster, to, to + 1);
+      }
+      wait_for(s, kCmpStates, cluster);
+      if (lane < kDecodeRows) {
+        lse_log2[lane] = lse_of(merge_states(&s.cmp_state[unit.slab][lane], parts, kDecodeRows * plan.slabs));
+      }
+      __syncwarp();
+      share_scores(plan, unit, part, own, sums, lse_log2, s, scores);
+      wait_for(s, kScores, cluster);
+      if (cluster > 1) __syncthreads();  // for what the block itself has written
+      finish_scores(plan, part, own, s, scores);
+      const int n = p.num_selected_blocks;
+      if (threadIdx.x < kChoiceThreads) {
+        choose_blocks_by_block(s.chosen, scores, own, n, p.num_initial_blocks, p.num_local_blocks, s.best,
+                               ChoiceBarrier());
+      }
+      __syncthreads();
+      int entries = 0;
+#pragma unroll
+      for (int k = 0; k < kMaxDecodeSelected; k += 32)
+        entries += __popc(__ballot_sync(~0u, k + lane < n && s.chosen[k + lane] >= 0));
+      all_tiles = own_cmp + dealt(window_tiles + entries * tiles_of_block);
+      if (blockIdx.x == 0 && threadIdx.x < n) {
+        p.block_indices[(unit.row * p.shape.num_heads_kv + unit.head_kv) * n + threadIdx.x] =
+            s.chosen[threadIdx.x];
+      }
+      chosen = true;
+      continue;
+    }
+    if (i == own_cmp) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4 + 8 * half;
+        const float largest = acc.largest(half, scale);
+        const float factor =
+            largest == kNegInf ? 0.f : ptx::exp2_approx(largest - lse_log2[row]) * s.gates[0][row];
+#pragma unroll
+        for (int d = 0; d < kDimV / 8; ++d)
+          parked[(2 * d + half) * 32] =
+              make_float2(acc.out[0][d][2 * half] * factor, acc.out[0][d][2 * half + 1] * factor);
+      }
+      acc = {};
+    }
+    if (i == before_slc) swa = acc, acc = {};
+    if (i == all_tiles) break;
+    const Tile tile = tile_at(i);
+    acc.attend(base, ring.front(), tile.first, tile.end, scale, lane,
+               [&](const float(&score)[kDecodeKeys / 8][4]) {
+                 if (chosen) return;
+#pragma unroll
+                 for (int half = 0; half < 2; ++half) {
+                   float* row = probabilities + (lane / 4 + 8 * half) * kDecodeScorePitch + (lane & 3) * 2;
+#pragma unroll
+                   for (int n = 0; n < kDecodeKeys / 8; ++n) {
+                     row[n * 8] = score[n][2 * half];
+                     row[n * 8 + 1] = score[n][2 * half + 1];
+                   }
+                 }
+                 const float max0 = __shfl_sync(~0u, acc.max[0], (lane >> 1 & 7) * 4);
+                 const float max1 = __shfl_sync(~0u, acc.max[1], (lane >> 1 & 7) * 4);
+                 __syncwarp();
+                 sum_by_block(sums + static_cast<int64_t>(warp + i * warps) * plan.sums_pitch, probabilities,
+                              s.taps, plan, (lane < 16 ? max0 : max1) * scale, lane);
+                 __syncwarp();
+               });
+    ring.pop();
+    ++i;
+  }
+
+  // (largest logit, sum) of every warp, part, and of all.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    const float2 of_slc = acc.state(half, scale), of_swa = swa.state(half, scale);
+    if ((lane & 3) == 0) {
+      s.warp_state[warp][row] = of_slc;
+      s.warp_state[warp][kDecodeRows + row] = of_swa;
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kRowStates * parts; k += threads) {
+    const int r = k % kRowStates, to = k / kRowStates * plan.slabs + unit.slab;
+    const float2 state = merge_states(&s.warp_state[0][r], warps, kRowStates);
+    tell(s, kStates, &s.state[unit.part][r], state, cluster, to, to + 1);
+  }
+  wait_for(s, kStates, cluster);
+  const int own_rows = kDecodeRows / parts, first_own = unit.part * own_rows;
+  {
+    const int branch = lane < kDecodeRows ? 1 : 2, r = lane & (kDecodeRows - 1);
+    const float2 all = merge_states(&s.state[0][lane], parts, kRowStates);
+    float factor = 0.f;
+    if (all.y != 0.f)
+      factor = ptx::exp2_approx(s.warp_state[warp][lane].x - all.x) * s.gates[branch][r] / all.y;
+    s.factor[warp][lane] = factor;
+    if (warp == 0 && r < unit.num_rows && r / own_rows == unit.part) {
+      const int64_t of_branch = p.seqs.total_q * p.shape.num_heads_q;
+      float* lse = static_cast<float*>(p.lse) + unit.row * p.shape.num_heads_q + unit.first_head + r;
+      lse[branch * of_branch] = lse_of(all) * kLn2;
+      if (branch == 1) *lse = lse_log2[r] * kLn2;
+    }
+  }
+  __syncwarp();
+  float* outputs = reinterpret_cast<float*>(shared + plan.ring);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    const float f_slc = s.factor[warp][row], f_swa = s.factor[warp][kDecodeRows + row];
+#pragma unroll
+    for (int d = 0; d < kDimV / 8; ++d) {
+      const float2 of_cmp = parked[(2 * d + half) * 32];
+      const auto all = [&](int c, float x) {
+        return acc.out[0][d][c] * f_slc + swa.out[0][d][c] * f_swa + x;
+      };
+      *reinterpret_cast<float2*>(outputs + (warp * kDecodeRows + row) * L::kOutputPitch + d * 8 +
+                                 (lane & 3) * 2) =
+          make_float2(all(2 * half, of_cmp.x), all(2 * half + 1, of_cmp.y));
+    }
+  }
+  __syncthreads();
+  const auto store = [&](int row, int vector, float4 x) {
+    T* o =
+        static_cast<T*>(p.o) + (unit.row * p.shape.num_heads_q + unit.first_head + row) * kDimV + vector * 4;
+    *reinterpret_cast<uint2*>(o) = make_uint2(ptx::pack2<T>(x.x, x.y), ptx::pack2<T>(x.z, x.w));
+  };
+  const auto sum_of = [](float4 a, const float4& b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  };
+  // A slice of rows goes to each part, which sums what the parts have.
+  float4* slices = reinterpret_cast<float4*>(shared + plan.slices);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kDecodeRows * kVectors; k += threads) {
+    const int row = k / kVectors, vector = k % kVectors;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 2
+    for (int w = 0; w < warps; ++w) {
+      sum = sum_of(sum, *reinterpret_cast<const float4*>(outputs + (w * kDecodeRows + row) * L::kOutputPitch +
+                                                         vector * 4));
+    }
+    if (parts == 1) {
+      if (row < unit.num_rows) store(row, vector, sum);
+    } else {
+      const int to = row / own_rows * plan.slabs + unit.slab;
+      tell(s, kSlices, &slices[(unit.part * own_rows + row % own_rows) * kVectors + vector], sum, cluster, to,
+           to + 1);
+    }
+  }
+  if (parts == 1) return;
+  wait_for(s, kSlices, cluster);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < own_rows * kVectors; k += threads) {
+    const int row = first_own + k / kVectors;
+    if (row >= unit.num_rows) continue;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+    for (int from = 0; from < parts; ++from) sum = sum_of(sum, slices[from * own_rows * kVectors + k]);
+    store(row, k % kVectors, sum);
+  }
+}
+
+// How many clusters of 2^i thread blocks, each with an SM to itself, the current device runs at once.
+struct ClusterRoom {
+  static constexpr int kSizes = 5;
+  int count[kSizes] = {};
+};
+
+// Asked once for each device.
+const ClusterRoom& cluster_room() {
+  static OncePerDevice<ClusterRoom> rooms;
+  return rooms.get([] {
+    const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSharedBytes;
+    ClusterRoom room;
+    room.count[0] = device_attribute(cudaDevAttrMultiProcessorCount);
+    for (int i = 1; i < ClusterRoom::kSizes; ++i)
+      room.count[i] =
+          max_active_clusters(decode_attention_sm90<__nv_bfloat16, 128, 128>, 1 << i, kMaxThreads, bytes);
+    return room;
+  });
+}
+
+// Places everything in shared memory; false if it is too much.
+template <int kDimQK, int kDimV>
+bool place_shared(DecodePlan* plan, bool sums_in_shared, int limit) {
+  using L = Layout<kDimQK, kDimV>;
+  int used = 0;
+  const auto take = [&](int64_t bytes) {
+    const int at = used;
+    used += static_cast<int>(round_up(bytes, 16));
+    return at;
+  };
+  const int64_t own_tiles = ceil_div(plan->max_tiles, plan->parts());
+  take(L::kQBytes);
+  plan->ring = take(int64_t{plan->warps} * plan->stages * L::kStageBytes);
+  plan->sums =
+      take(max64(plan->warps * L::kParkedBytes, sums_in_shared ? own_tiles * plan->sums_pitch * 4 : 0));
+  // There are scores when all of the cluster are through with the probabilities.
+  plan->scores = take(
+      max64(plan->warps * kDecodeRows * kDecodeScorePitch, int64_t{plan->real_slabs} * plan->num_blocks) * 4);
+  plan->slices = take(plan->parts() > 1 ? L::kSliceBytes : 0);
+  plan->shared_bytes = used;
+  return used <= limit;
+}
+
+// Shapes alone decide, and the device. False where the portable kernels have to do.
+template <int kDimQK, int kDimV>
+bool make_plan(const DecodeAttentionParams& p, DecodePlan* plan) {
+  const int64_t group = p.shape.group(), heads = p.shape.num_heads_kv;
+  const int64_t per_block = p.block_size / p.compressed.stride,
+                before = p.compressed.block / p.compressed.stride - 1;
+  if (group > kMaxDecodeGroup || p.num_selected_blocks > kMaxDecodeSelected) return false;
+  if (p.block_size % kDecodeKeys != 0 || per_block > kDecodeKeys || kDecodeKeys % per_block != 0)
+    return false;
+  const int64_t tile_blocks = kDecodeKeys / per_block, spill = ceil_div(before, per_block);
+  if (spill > min64(tile_blocks, kMaxDecodeSpill) || per_block + before > kMaxDecodeTaps) return false;
+  if (p.seqs.total_q > 65535 || heads > 65535) return false;
+  *plan = {};
+  plan->real_slabs = static_cast<int>(ceil_div(group, kDecodeRows));
+  plan->slabs = plan->real_slabs == 3 ? 4 : plan->real_slabs;
+  plan->max_tiles = static_cast<int>(max64(1, ceil_div(p.compressed.count(p.seqs.capacity), kDecodeKeys)));
+  plan->num_blocks = static_cast<int>(max64(1, ceil_div(p.seqs.capacity, p.block_size)));
+  plan->per_block = static_cast<int>(per_block);
+  plan->before = static_cast<int>(before);
+  while (tile_blocks >> (plan->tile_shift + 1) != 0) ++plan->tile_shift;
+  plan->spill = static_cast<int>(spill);
+  plan->entries = static_cast<int>(tile_blocks + spill + 1);
+  plan->sums_pitch = static_cast<int>(kDecodeRows * plan->entries);
+  while (plan->sums_pitch % 32 != tile_blocks % 32) ++plan->sums_pitch;
+
+  const int64_t units = max64(1, p.seqs.total_q) * heads;
+  const ClusterRoom& room = cluster_room();
+  plan->cluster = plan->slabs;
+  for (int i = 1; i < ClusterRoom::kSizes; ++i) {
+    if (1 << i > plan->cluster && room.count[i] >= units) plan->cluster = 1 << i;
+  }
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSharedBytes;
+  // Where the sums do not fit, they go to the workspace, which stays in the L2 cache.
+  struct Choice {
+    int warps, stages;
+    bool sums_in_shared;
+  };
+  for (const Choice& choice : {Choice{8, 2, true}, Choice{6, 2, true}, Choice{4, 2, true},
+                               Choice{8, 2, false}, Choice{6, 2, false}, Choice{4, 2, false}}) {
+    plan->warps = choice.warps, plan->stages = choice.stages;
+    if (!place_shared<kDimQK, kDimV>(plan, choice.sums_in_shared, limit)) continue;
+    plan->global_sums = choice.sums_in_shared ? nullptr : reinterpret_cast<float*>(1);
+    return true;
+  }
+  return false;
+}
+
+// f<T, kDimQK, kDimV>(plan) -> bool; false where the portable kernels have to do.
+template <typename F>
+bool with_plan(const DecodeAttentionParams& p, F&& f) {
+  return dispatch_kernels(
+      p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
+        DecodePlan plan;
+        return make_plan<kDimQK, kDimV>(p, &plan) && f.template operator()<T, kDimQK, kDimV>(plan);
+      });
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const DecodeAttentionParams& p) {
+  int64_t bytes = 0;
+  with_plan(p, [&]<typename T, int kDimQK, int kDimV>(const DecodePlan& plan) {
+    if (plan.global_sums != nullptr)
+      bytes =
+          p.seqs.total_q * p.shape.num_heads_kv * plan.slabs * plan.max_tiles * plan.sums_pitch * int64_t{4};
+    return true;
+  });
+  return bytes;
+}
+
+bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status) {
+  return with_plan(p, [&]<typename T, int kDimQK, int kDimV>(DecodePlan plan) {
+    if (plan.global_sums != nullptr) plan.global_sums = static_cast<float*>(p.workspace);
+    const auto kernel = decode_attention_sm90<T, kDimQK, kDimV>;
+    if (plan.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const dim3 grid(static_cast<unsigned>(plan.cluster), static_cast<unsigned>(p.shape.num_heads_kv),
+                    static_cast<unsigned>(p.seqs.total_q));
+    *status = launch_chained_clusters("decode_attention_sm90", kernel, grid, plan.cluster, plan.warps * 32,
+                                      plan.shared_bytes, stream, p, plan);
+    return true;
+  });
+}
+
+}  // namespace nsa::cuda::sm90

@@ -1,0 +1,180 @@
+// Attention of 16 query rows of one token over keys that are scattered in a cache, on Hopper: what
+// decode_attention does with a tile of keys.
+//
+// A warp has keys of its own, 16 at a time through a ring of its own, and a running softmax of its own;
+// nothing synchronises the warps before they are merged. Rows come by cp.async: a lane finds the address of a
+// row, whatever its page, and all lanes copy. A bulk copy for each row would cost no addresses, but a warp
+// orders them one after the other, which takes longer than the products of the tile. Rows lie at the pitch of
+// tile/warp_tile.cuh, so ldmatrix meets no bank conflict.
+#pragma once
+
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/tile/cached_sequence.cuh"
+#include "cuda/tile/warp_tile.cuh"
+
+namespace nsa::cuda::sm90 {
+
+constexpr int kDecodeKeys = 16;  // of a tile
+constexpr int kDecodeRows = 16;
+
+// Keys (lanes 0 .. 15) or values (the others) of one sequence and KV head, which lie in the same pages and
+// rows: what a lane needs to find a row, in registers. Key i is row i + shift.
+struct LaneRows {
+  const char* data;  // of the head
+  int64_t page_bytes, row_bytes;
+  const int32_t* pages;  // null: one page
+  unsigned page_rows;
+  int num_pages, only_page, shift;
+
+  __device__ LaneRows(const CachedRows& k, const CachedRows& v, int64_t b, int head, int shift, int lane)
+      : pages(k.block_table == nullptr ? nullptr : k.block_table + b * k.table_width),
+        page_rows(static_cast<unsigned>(k.page_rows)),
+        num_pages(static_cast<int>(k.num_pages)),
+        only_page(static_cast<int>(b)),
+        shift(shift) {
+    // Values are chosen, not structs: those are in the constant bank, where lanes cannot point to.
+    const bool is_value = lane >= kDecodeKeys;
+    data = static_cast<const char*>(is_value ? v.data : k.data) +
+           head * (is_value ? v.stride_head : k.stride_head) * 2;
+    page_bytes = (is_value ? v.stride_page : k.stride_page) * 2;
+    row_bytes = (is_value ? v.stride_row : k.stride_row) * 2;
+  }
+  // Null for a page that does not exist.
+  __device__ __forceinline__ const char* row(int key) const {
+    const unsigned index = static_cast<unsigned>(key + shift), page_index = index / page_rows;
+    const int page = pages == nullptr ? only_page : pages[page_index];
+    if (page < 0 || page >= num_pages) return nullptr;
+    return data + page * page_bytes + static_cast<int64_t>(index - page_index * page_rows) * row_bytes;
+  }
+};
+
+// The ring of a warp: tiles go in and come out in the same order.
+template <int kDimQK, int kDimV>
+struct DecodeRing {
+  static constexpr int kKTileBytes = tile_bytes<kDimQK>(kDecodeKeys);
+  static constexpr int kStageBytes = kKTileBytes + tile_bytes<kDimV>(kDecodeKeys);
+  uint32_t tiles, barriers;
+  int stages;
+  int loaded = 0, stage_in = 0, stage_out = 0;
+  uint32_t parity = 0;
+
+  __device__ DecodeRing(uint32_t tiles, uint32_t barriers, int stages)
+      : tiles(tiles), barriers(barriers), stages(stages) {}
+
+  // Keys first .. first + kDecodeKeys - 1; zeros from `end` on, since what lies there may be NaN.
+  __device__ __forceinline__ void load(const LaneRows& rows, int first, int end, int lane) {
+    static_assert(kDecodeKeys == 16);
+    const int key = first + (lane & (kDecodeKeys - 1));
+    const uint32_t tile = tiles + stage_in * kStageBytes;
+    const char* source = key < end ? rows.row(key) : nullptr;
+    copy_rows<kDimQK>(tile, source, 0, lane);
+    copy_rows<kDimV>(tile + kKTileBytes, source, kDecodeKeys, lane);
+    ptx::barrier_arrive_after_copies(barriers + stage_in * 8);
+    ++loaded;
+    if (++stage_in == stages) stage_in = 0;
+  }
+
+  // Rows whose addresses the lanes first, first + 1, .. have, 16 bytes a lane; null: zeros.
+  template <int kDim>
+  __device__ __forceinline__ static void copy_rows(uint32_t tile, const char* source, int first, int lane) {
+    constexpr int kChunks = kDim / 8;
+    static_assert(kDecodeKeys * kChunks % 32 == 0);
+#pragma unroll
+    for (int k = 0; k < kDecodeKeys * kChunks; k += 32) {
+      const int row = (k + lane) / kChunks, chunk = (k + lane) % kChunks;
+      const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(source), first + row);
+      ptx::async_copy_16(tile + row * kPitch<kDim> * 2 + chunk * 16,
+                         reinterpret_cast<const void*>(from + (from == 0 ? 0 : chunk * 16)), from != 0);
+    }
+  }
+
+  // The oldest tile, once it is there.
+  __device__ __forceinline__ uint32_t front() const {
+    ptx::barrier_wait(barriers + stage_out * 8, parity);
+    __syncwarp();
+    return tiles + stage_out * kStageBytes;
+  }
+
+  __device__ __forceinline__ void pop() {
+    __syncwarp();
+    if (++stage_out == stages) stage_out = 0, parity ^= 1;
+  }
+};
+
+// One warp's attention: rows lane / 4 and lane / 4 + 8.
+template <typename T, int kDimQK, int kDimV>
+struct DecodeWarp {
+  float out[1][kDimV / 8][4] = {};
+  float max[2] = {kNegInf, kNegInf};  // of the raw scores
+  float sum[2] = {0.f, 0.f};          // of this thread's columns
+
+  // Keys below `end`. use_scores gets 2^(scale * (score - max)).
+  template <typename UseScores>
+  __device__ __forceinline__ void attend(uint32_t q, uint32_t tile, int first, int end, float scale, int lane,
+                                         const UseScores& use_scores) {
+    float score[1][kDecodeKeys / 8][4] = {};
+    multiply_transposed<T, kDimQK, kDecodeKeys, 1>(score, q, tile, lane);
+    if (first + kDecodeKeys > end) {
+#pragma unroll
+      for (int i = 0; i < kDecodeKeys / 8; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (first + i * 8 + (lane & 3) * 2 + (c & 1) >= end) score[0][i][c] = kNegInf;
+        }
+      }
+    }
+    update(score[0], scale);
+    use_scores(score[0]);
+    multiply_probabilities<T, kDimV, kDecodeKeys, 1>(out, score,
+                                                     tile + DecodeRing<kDimQK, kDimV>::kKTileBytes, lane);
+  }
+
+  // (largest logit in base 2, sum of 2^(logit - largest)) of a row; (-inf, 0) for no key.
+  __device__ __forceinline__ float2 state(int half, float scale) const {
+    return make_float2(largest(half, scale), quad_sum(sum[half]));
+  }
+  __device__ __forceinline__ float largest(int half, float scale) const {
+    return max[half] == kNegInf ? kNegInf : max[half] * scale;
+  }
+
+ private:
+  // Rescales only when a maximum grows, which after the first tiles is seldom.
+  __device__ __forceinline__ void update(float (&score)[kDecodeKeys / 8][4], float scale) {
+    float high[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      high[h] = max[h];
+#pragma unroll
+      for (int n = 0; n < kDecodeKeys / 8; ++n)
+        high[h] = fmaxf(high[h], fmaxf(score[n][2 * h], score[n][2 * h + 1]));
+      high[h] = quad_max(high[h]);
+    }
+    if (__any_sync(~0u, high[0] > max[0] || high[1] > max[1])) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float shrink = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
+        max[h] = high[h];
+        sum[h] *= shrink;
+#pragma unroll
+        for (int d = 0; d < kDimV / 8; ++d) {
+          out[0][d][2 * h] *= shrink;
+          out[0][d][2 * h + 1] *= shrink;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float base = max[h] == kNegInf ? 0.f : max[h] * scale;
+#pragma unroll
+      for (int n = 0; n < kDecodeKeys / 8; ++n) {
+#pragma unroll
+        for (int c = 2 * h; c < 2 * h + 2; ++c) {
+          score[n][c] = ptx::exp2_approx(fmaf(score[n][c], scale, -base));
+          sum[h] += score[n][c];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace nsa::cuda::sm90
