@@ -41,6 +41,14 @@ CACHE_CASES = (
     Case("long", (7000, 3100), queries=(1, 3), heads=(16, 1), dims=(64, 64), select=(16, 1, 2), window=512),
     Case("crowd", tuple(range(40, 240, 10)), queries=(2,) * 20, heads=(6, 3), dims=(64, 64)),
     Case("larger_crowd", tuple(range(40, 240, 5)), queries=(2,) * 40, heads=(8, 4), dims=(64, 64)),
+    # Thread blocks without a cluster at the head dims of Hopper kernels; two and four slabs of heads.
+    Case("crowd_128", tuple(range(40, 215, 5)), queries=(2,) * 35, heads=(4, 2), dims=(128, 128), pad=(9, 0)),
+    Case("crowd_192", tuple(range(40, 210, 5)), queries=(1,) * 34, heads=(2, 2), dims=(192, 128)),
+    Case("crowd_g20", tuple(range(40, 210, 5)), queries=(2,) * 34, heads=(20, 1), dims=(64, 64)),
+    Case("g48", (300, 90), queries=(2, 1), heads=(48, 1), dims=(128, 128), block_size=32),
+    Case("n64", (2200,), queries=(1,), heads=(2, 1), dims=(64, 64), block_size=32, select=(64, 1, 2)),
+    Case("pair", (300, 2000), queries=(1, 1), heads=(16, 4), dims=(128, 128), select=(16, 1, 2)),
+    Case("half_dozen", (500,) * 6, queries=(1,) * 6, heads=(8, 4), dims=(128, 128), select=(7, 1, 2)),
 )
 LAYOUTS = ("contiguous", "paged", "ring", "paged_ring")
 

@@ -47,7 +47,10 @@ def decode(cache: CacheCase) -> tuple[Tensor, Tensor, Tensor]:
 @by_case
 def test_decode_attention(case: Case, device: str, dtype: torch.dtype, layout: str) -> None:
     x = Inputs(case, dtype, device)
-    cache = CacheCase(x, layout, case.lengths)
+    assert_decodes_like_reference(x, CacheCase(x, layout, case.lengths))
+
+
+def assert_decodes_like_reference(x: Inputs, cache: CacheCase) -> None:
     o, indices, lse = decode(cache)
     tensors = attention_tensors(x)
     if not cache.has_ring:
@@ -67,13 +70,42 @@ def test_decode_attention(case: Case, device: str, dtype: torch.dtype, layout: s
     assert all(torch.equal(a, b) for a, b in zip((o, indices, lse), again, strict=True))
 
 
+@by_target
+@pytest.mark.parametrize(
+    ("name", "capacity"), [("g1", 1 << 19), ("crowd", 1 << 19), ("g48", 1 << 19), ("decode", 1 << 22)]
+)
+def test_room_for_many_more_tokens(name: str, capacity: int, device: str, dtype: torch.dtype) -> None:
+    """What a kernel keeps for each block that a sequence may have does not always fit where it is fastest."""
+    case = next(c for c in CACHE_CASES if c.name == name)
+    x = Inputs(case.on_cuda() if device == "cuda" else case, dtype, device)
+    cache = CacheCase(x, "paged_ring", case.lengths)
+    room = capacity // cache.page - cache.width
+    cache.block_table = torch.nn.functional.pad(cache.block_table, (0, room), value=-1)
+    assert_decodes_like_reference(x, cache)
+
+
+@by_target
+@pytest.mark.parametrize("length", [200, 9000])
+def test_equal_scores_go_to_the_lower_blocks(length: int, device: str, dtype: torch.dtype) -> None:
+    case = Case("ties", (length, 70), queries=(2, 1), dims=(64, 64), block_size=32, select=(16, 1, 2))
+    x = Inputs(case, dtype, device)
+    cache = CacheCase(x, "paged", case.lengths)
+    cache.streams["k_cmp_cache"].zero_()
+    _, indices, _ = decode(cache)
+    for row, _, t in case.queries_and_positions():
+        own = t // case.block_size
+        expected = range(own + 1) if own < 16 else (*range(14), own - 1, own)
+        expected = [*expected, *[-1] * 16][:16]
+        assert (indices[row].cpu() == torch.tensor(expected)).all(), (row, indices[row])
+
+
 KINDS = ("mlp", "linear", "mean")
 
 
 @by_device
 def test_without_a_sequence_all_rows_are_padding(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    given = arguments("decode_attention", "paged_ring", dtype)
+    given = arguments("decode_attention", "paged_ring", dtype, SMALL if device == "cpu" else SMALL.on_cuda())
     for name in ("cache_seqlens", "block_table", "k_swa_cache", "v_swa_cache"):
         given[name] = given[name][:0]
     given["cu_seqlens_q"] = torch.zeros(1, dtype=torch.int32)
@@ -219,13 +251,13 @@ def names(op: str) -> list[str]:
     return [argument.name for argument in getattr(torch.ops.nsa, op).default._schema.arguments]
 
 
-def arguments(op: str, layout: str, dtype: torch.dtype = torch.float32) -> dict:
-    x = Inputs(SMALL, dtype)
+def arguments(op: str, layout: str, dtype: torch.dtype = torch.float32, case: Case = SMALL) -> dict:
+    x = Inputs(case, dtype)
     if op == "decode_attention":
-        cache = CacheCase(x, layout, SMALL.lengths)
+        cache = CacheCase(x, layout, case.lengths)
         streams = [t.nan_to_num() if t is not None else None for t in cache.streams.values()]
-        values = [x.q, *streams, x.gate_logits(), *cache.step().values(), *SMALL.compress]
-        values += [SMALL.block_size, *SMALL.select, SMALL.window, x.scale]
+        values = [x.q, *streams, x.gate_logits(), *cache.step().values(), *case.compress]
+        values += [case.block_size, *case.select, case.window, x.scale]
     else:
         call = Append(x, layout)
         caches = [
@@ -234,7 +266,7 @@ def arguments(op: str, layout: str, dtype: torch.dtype = torch.float32) -> dict:
         new = [call.new(r) for r in (*call.raw, x.keys("slc"), x.values("slc"))]
         new += [call.new(r) if call.cache.has_ring else None for r in (x.keys("swa"), x.values("swa"))]
         values = [*caches, *new, *call.phis[0], *call.phis[1], *call.tables, *call.cache.step().values()]
-        values += [*SMALL.compress, "mlp"]
+        values += [*case.compress, "mlp"]
     return dict(zip(names(op), values, strict=True))
 
 

@@ -44,6 +44,15 @@ TESTS = tuple(
         f"test_compress.py::test_equals_reference[mlp-ragged_with_empty-{path}-bfloat16]",
         f"test_compress.py::test_equals_reference[mean-padding_rows-{path}-bfloat16]",
         f"test_cuda_forward.py::test_wild_offsets_touch_nothing_outside[{path}]",
+        # A cluster of thread blocks a token, with and without slabs of heads; single ones; sums in memory.
+        f"test_cache_ops.py::test_decode_attention[pair-{path}-bfloat16-paged_ring]",
+        f"test_cache_ops.py::test_decode_attention[g48-{path}-float16-contiguous]",
+        f"test_cache_ops.py::test_decode_attention[crowd_128-{path}-bfloat16-paged]",
+        f"test_cache_ops.py::test_decode_attention[crowd_192-{path}-float16-ring]",
+        f"test_cache_ops.py::test_room_for_many_more_tokens[crowd-524288-{path}-bfloat16]",
+        f"test_cache_ops.py::test_append_kv[verify-{path}-bfloat16-paged_ring-mlp]",
+        f"test_cache_ops.py::test_append_kv[verify_padded-{path}-float16-contiguous-linear]",
+        f"test_cache_ops.py::test_append_kv[crowd-{path}-bfloat16-ring-mean]",
     )
 )
 # Every layout of a cache; several tokens a sequence, idle sequences, groups of 1 to 64, several splits.
