@@ -287,7 +287,19 @@ __device__ __forceinline__ void multiply_keys(float (&dq)[kDim / 2], const uint4
   }
 }
 
-// The same by four warps together.
+// Arrives on a slot's empty barrier behind multiply_keys, for the warp. An arrival does not wait for the
+// ldmatrix in front of it, and TMA, which then fills the slot again, is another proxy: so the address depends
+// on what came of every load (one serves 16 columns). Lane 0, which arrives, adds nothing to it.
+template <int kCount>
+__device__ __forceinline__ void release_keys(const uint64_t& barrier, const float (&dq)[kCount], int lane) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 7; i < kCount; i += 8) bits ^= __float_as_uint(dq[i]);
+  __syncwarp();
+  ptx::barrier_arrive_if(at(barrier) + (bits & lane), lane == 0);
+}
+
+// dq += dS . K by four warps together.
 template <typename T, int kDim>
 __device__ __forceinline__ void multiply_keys_together(float (&dq)[kDim / 2], const uint4 (&ds)[kFragments],
                                                        uint32_t keys) {
@@ -435,8 +447,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
         multiply_keys<T, kDim>(dq, ds, keys, lane);
       }
-      __syncwarp();
-      if (lane == 0) ptx::barrier_arrive(at(control.empty[slot.slot]));
+      release_keys(control.empty[slot.slot], dq, lane);
     };
     // Two fetches are under way at any time. The warps of a warpgroup must meet in the same instructions, so
     // there is one product in the code, whoever is in which round.
