@@ -98,7 +98,15 @@ def run(sanitize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return run
 
 
-CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+def clean(launches: int) -> str:
+    """The ends of a clean racecheck and of a clean memcheck, which counts listed launches as errors."""
+    return (
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+        f"========= ERROR SUMMARY: {launches} errors\n"
+    )
+
+
+CLEAN = clean(3)
 
 
 def test_a_clean_run_passes(run) -> None:
@@ -111,13 +119,14 @@ def test_a_clean_run_passes(run) -> None:
 @pytest.mark.parametrize(
     ("prints", "code", "options"),
     [
-        (CLEAN, 0, ["memcheck"]),  # no launch
-        (LAUNCHES.partition("========= Launch #1")[0] + CLEAN, 0, ["synccheck"]),  # none that was checked
+        (clean(0), 0, ["memcheck"]),  # no launch
+        (LAUNCHES.partition("========= Launch #1")[0] + clean(1), 0, ["synccheck"]),  # none that was checked
         (LAUNCHES + CLEAN, 9, ["memcheck"]),
+        (LAUNCHES + clean(4), 0, ["memcheck"]),
         (LAUNCHES, 0, ["racecheck", "--kernel", "decode_"]),  # cut off
         (LAUNCHES + REPORT, 0, ["racecheck", "--kernel", "decode_"]),
     ],
-    ids=["no_launch", "all_filtered", "errors", "cut_off", "race"],
+    ids=["no_launch", "all_filtered", "tests_fail", "errors", "cut_off", "race"],
 )
 def test_failures(run, prints: str, code: int, options: list[str]) -> None:
     status, printed = run(prints, code, *options)
@@ -134,3 +143,11 @@ def test_a_check_that_takes_too_long_fails(run) -> None:
     status, printed = run(LAUNCHES, "$([ $# = 1 ] || sleep 60)", "memcheck", "--seconds", "0.5")
     assert status == 1
     assert "it took too long" in printed
+
+
+@pytest.mark.parametrize(
+    ("count", "found"), [(3, []), (5, ["2 errors"]), (None, ["its report cannot be read"])]
+)
+def test_listed_launches_are_no_errors(sanitize, count: int | None, found: list[str]) -> None:
+    summary = "" if count is None else f"========= ERROR SUMMARY: {count} errors\n"
+    assert sanitize.errors(LAUNCHES + summary) == found

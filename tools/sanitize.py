@@ -86,7 +86,7 @@ class Races:
     kernel: str
     test: str | tuple[str, ...]
     accepted: frozenset[frozenset[str]] = frozenset()
-    launches: int = 12  # that are checked, 0: all
+    launches: int = 12  # of any kernels, within which those with the name are checked; 0: all
 
     def unexpected(self, output: str) -> Counter:
         """Reported pairs that are not accepted."""
@@ -119,10 +119,14 @@ RACES = (
             ("build_union", "load_keys"),
             ("build_union", "clear_unseen_values"),
             ("build_union", "warps"),
+            ("balance_parts", "load_keys"),
+            ("balance_parts", "clear_unseen_values"),
+            ("balance_parts", "warps"),
             # v_full, v_empty: zeros in place of values that no token sees.
             ("store_shared_16", "load_matrices_transposed"),
             # The flags k_issued, v_issued.
             ("load_keys", "wait_for"),
+            ("load_keys", "load_queries"),
         ),
     ),
     Races(
@@ -134,6 +138,7 @@ RACES = (
             # The same, and keys_full, keys_empty: the item.
             ("produce", "consume"),
         ),
+        launches=150,
     ),
     Races(
         "selected_attention_bwd_queries_sm90",
@@ -150,9 +155,20 @@ RACES = (
             # The flag `issued`.
             ("bring_keys", "selected_attention_bwd_queries_sm90"),
         ),
+        launches=150,
     ),
     Races("banded_attention_fwd_sm90", "Hopper banded attention at the ends of its tiles"),
-    Races("banded_attention_bwd", "banded backward of chunks\\, padding\\, short and empty sequences"),
+    Races(
+        "banded_attention_bwd",
+        "banded backward of chunks\\, padding\\, short and empty sequences",
+        pairs(
+            # kFull, kEmpty of dK and dV: what a step's rows need beside their data.
+            ("produce", "probabilities"),
+            ("produce", "gradients"),
+            # kFullQ, kEmptyQ of dQ: the same of a tile's rows.
+            ("produce", "read_rows"),
+        ),
+    ),
     Races("compress_fwd_sm90", "phi equals the naive loops"),
     Races("selected_blocks", "block_indices turned around are the lists of who chose which block"),
     Races("_portable", tuple(test for test in TESTS if "portable" in test), launches=0),
@@ -209,6 +225,15 @@ def understands(output: str) -> bool:
     return counted == races and len(reported_pairs(output)) >= races
 
 
+def errors(output: str) -> list[str]:
+    """What memcheck and synccheck found. Listed launches are in the sum of errors too."""
+    summary = re.search(r"ERROR SUMMARY: (\d+) errors?", output)
+    if not summary:
+        return ["its report cannot be read"]
+    count = int(summary[1]) - len(re.findall(r"\bLaunch #", output))
+    return [f"{count} errors"] if count else []
+
+
 @functools.cache
 def sanitizer() -> str:
     """A compute-sanitizer that lists launches."""
@@ -239,7 +264,7 @@ class Check:
     kernel: str
     program: list[str]
     options: tuple[str, ...]
-    failures: Callable[[str], list[str]] = lambda output: []
+    failures: Callable[[str], list[str]]
 
     @property
     def title(self) -> str:
@@ -274,9 +299,8 @@ def chosen_checks(args: argparse.Namespace) -> list[Check]:
     for kind, runs in programs.items():
         if args.only not in (None, kind):
             continue
-        kernel, options = args.kernel or "nsa", ("--error-exitcode", "9")
         chosen += [
-            Check(tool, name, kernel, program, options)
+            Check(tool, name, args.kernel or "nsa", program, (), errors)
             for tool in args.tools
             if tool != "racecheck"
             for name, program in runs.items()
