@@ -69,7 +69,7 @@ LAUNCHES = """\
 =========   Kernel: void at::native::fill(T1 *)
 =========   Grid:   (1, 1, 1)
 ========= Launch #1
-=========   Kernel: void nsa::cuda::<unnamed>::decode_merge_portable<__nv_bfloat16, (int)64>(nsa::Params)
+=========   Kernel: _ZN3nsa4cuda12_GLOBAL__N__21decode_merge_portableI13__nv_bfloat16Li64EEEvNS_6ParamsE
 =========   Grid:   (1, 1, 1)
 ========= Launch #2
 =========   Kernel: nsa::cuda::append_store_portable(nsa::Params)

@@ -190,6 +190,15 @@ def function_name(signature: str) -> str:
     return re.split(r"[\s:]+", text.partition("(")[0].strip())[-1]
 
 
+def kernel_name(symbol: str) -> str:
+    """The bare name of a mangled kernel, the last of its nested names; of any other text, function_name."""
+    rest, name = symbol.removeprefix("_ZN"), ""
+    while rest != symbol and (length := re.match(r"\d+", rest)):
+        rest = rest[length.end() :]
+        name, rest = rest[: int(length[0])], rest[int(length[0]) :]
+    return name or function_name(symbol)
+
+
 def reported_pairs(output: str) -> list[frozenset[str]]:
     """Pairs of functions between whose accesses racecheck reports races."""
     found, first = [], ""
@@ -211,7 +220,7 @@ def checked_launches(output: str) -> Counter:
         if re.search(r"\bLaunch #", line):
             is_checked = "(filtered" not in line
         elif is_checked and (match := re.search(r"\bKernel:\s*(\S.*)", line)):
-            found[function_name(match[1])] += 1
+            found[kernel_name(match[1])] += 1
             is_checked = False
     return found
 
