@@ -294,19 +294,6 @@ __global__ void __launch_bounds__(DecodeLayout<kDimQK, kDimV>::kThreads)
       });
 }
 
-__device__ __forceinline__ float gate(const DecodeAttentionParams& p, int64_t row, int branch) {
-  const int64_t at = row * kNumBranches + branch;
-  float logit;
-  if (p.gate_dtype == DType::kF32) {
-    logit = static_cast<const float*>(p.gate_logits)[at];
-  } else if (p.gate_dtype == DType::kBF16) {
-    logit = __bfloat162float(static_cast<const __nv_bfloat16*>(p.gate_logits)[at]);
-  } else {
-    logit = __half2float(static_cast<const __half*>(p.gate_logits)[at]);
-  }
-  return 1.f / (1.f + __expf(-logit));
-}
-
 // What the parts of a branch weigh, so that the sum over i of weights[i] * part_o[i] is its gated output. By
 // one warp; returns the branch's lse in natural units.
 __device__ float merge_weights(const float2* state, int count, float gate, float* weights) {

@@ -5,6 +5,7 @@
 // own; nothing synchronises the warps before they are merged.
 #pragma once
 
+#include "cuda/common/decode_attention.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/tile/cached_sequence.cuh"
 #include "cuda/tile/warp_tile.cuh"
@@ -76,49 +77,6 @@ __device__ __forceinline__ void load_keys(uint32_t stage, const CachedKeys& keys
   load_rows<T, kDimQK, kKeys>(stage, keys.k.data, k_offset, lane);
   load_rows<T, kDimV, kKeys>(stage + tile_bytes<kDimQK>(kKeys), keys.v.data, v_offset, lane);
 }
-
-// SlabSoftmax that rescales only when a maximum grows, which after the first tiles is seldom.
-struct DecodeSoftmax {
-  float max[2] = {kNegInf, kNegInf};  // of the raw scores
-  float sum[2] = {0.f, 0.f};          // of this thread's columns
-
-  template <int kTiles, int kOut>
-  __device__ __forceinline__ void update(float (&acc)[kTiles][4], float (&out)[kOut][4], float scale) {
-    float high[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      high[h] = max[h];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) high[h] = fmaxf(high[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
-      high[h] = quad_max(high[h]);
-    }
-    if (__any_sync(~0u, high[0] > max[0] || high[1] > max[1])) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float shrink = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
-        max[h] = high[h];
-        sum[h] *= shrink;
-#pragma unroll
-        for (int d = 0; d < kOut; ++d) {
-          out[d][2 * h] *= shrink;
-          out[d][2 * h + 1] *= shrink;
-        }
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float base = max[h] == kNegInf ? 0.f : max[h] * scale;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          acc[n][c] = ptx::exp2_approx(fmaf(acc[n][c], scale, -base));
-          sum[h] += acc[n][c];
-        }
-      }
-    }
-  }
-};
 
 // Starts the copy of Q; row r is at rows(r), or zeros where it returns null.
 template <int kDimQK, int kDimV, typename RowPointer>

@@ -96,19 +96,6 @@ __device__ void write_padding(const DecodeAttentionParams& p, const Unit& unit) 
         kNegInf;
 }
 
-__device__ __forceinline__ float gate(const DecodeAttentionParams& p, int64_t row, int branch) {
-  const int64_t at = row * kNumBranches + branch;
-  float logit;
-  if (p.gate_dtype == DType::kF32) {
-    logit = static_cast<const float*>(p.gate_logits)[at];
-  } else if (p.gate_dtype == DType::kBF16) {
-    logit = __bfloat162float(static_cast<const __nv_bfloat16*>(p.gate_logits)[at]);
-  } else {
-    logit = __half2float(static_cast<const __half*>(p.gate_logits)[at]);
-  }
-  return 1.f / (1.f + __expf(-logit));
-}
-
 // Q by one warp; rows that are none are zeros. Every lane arrives at the barrier.
 template <typename T, int kDimQK>
 __device__ __forceinline__ void load_queries(const DecodeAttentionParams& p, const Unit& unit, uint32_t tile,
@@ -475,8 +462,8 @@ __global__ void __launch_bounds__(kMaxThreads)
                      row[n * 8 + 1] = score[n][2 * half + 1];
                    }
                  }
-                 const float max0 = __shfl_sync(~0u, acc.max[0], (lane >> 1 & 7) * 4);
-                 const float max1 = __shfl_sync(~0u, acc.max[1], (lane >> 1 & 7) * 4);
+                 const float max0 = __shfl_sync(~0u, acc.softmax.max[0], (lane >> 1 & 7) * 4);
+                 const float max1 = __shfl_sync(~0u, acc.softmax.max[1], (lane >> 1 & 7) * 4);
                  __syncwarp();
                  sum_by_block(sums + static_cast<int64_t>(warp + i * warps) * plan.sums_pitch, probabilities,
                               s.taps, plan, (lane < 16 ? max0 : max1) * scale, lane);

@@ -8,6 +8,7 @@
 // tile/warp_tile.cuh, so ldmatrix meets no bank conflict.
 #pragma once
 
+#include "cuda/common/decode_attention.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/tile/cached_sequence.cuh"
 #include "cuda/tile/warp_tile.cuh"
@@ -105,8 +106,7 @@ struct DecodeRing {
 template <typename T, int kDimQK, int kDimV>
 struct DecodeWarp {
   float out[1][kDimV / 8][4] = {};
-  float max[2] = {kNegInf, kNegInf};  // of the raw scores
-  float sum[2] = {0.f, 0.f};          // of this thread's columns
+  DecodeSoftmax softmax;
 
   // Keys below `end`. use_scores gets 2^(scale * (score - max)).
   template <typename UseScores>
@@ -123,7 +123,7 @@ struct DecodeWarp {
         }
       }
     }
-    update(score[0], scale);
+    softmax.update(score[0], out[0], scale);
     use_scores(score[0]);
     multiply_probabilities<T, kDimV, kDecodeKeys, 1>(out, score,
                                                      tile + DecodeRing<kDimQK, kDimV>::kKTileBytes, lane);
@@ -131,49 +131,10 @@ struct DecodeWarp {
 
   // (largest logit in base 2, sum of 2^(logit - largest)) of a row; (-inf, 0) for no key.
   __device__ __forceinline__ float2 state(int half, float scale) const {
-    return make_float2(largest(half, scale), quad_sum(sum[half]));
+    return make_float2(largest(half, scale), quad_sum(softmax.sum[half]));
   }
   __device__ __forceinline__ float largest(int half, float scale) const {
-    return max[half] == kNegInf ? kNegInf : max[half] * scale;
-  }
-
- private:
-  // Rescales only when a maximum grows, which after the first tiles is seldom.
-  __device__ __forceinline__ void update(float (&score)[kDecodeKeys / 8][4], float scale) {
-    float high[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      high[h] = max[h];
-#pragma unroll
-      for (int n = 0; n < kDecodeKeys / 8; ++n)
-        high[h] = fmaxf(high[h], fmaxf(score[n][2 * h], score[n][2 * h + 1]));
-      high[h] = quad_max(high[h]);
-    }
-    if (__any_sync(~0u, high[0] > max[0] || high[1] > max[1])) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float shrink = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
-        max[h] = high[h];
-        sum[h] *= shrink;
-#pragma unroll
-        for (int d = 0; d < kDimV / 8; ++d) {
-          out[0][d][2 * h] *= shrink;
-          out[0][d][2 * h + 1] *= shrink;
-        }
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float base = max[h] == kNegInf ? 0.f : max[h] * scale;
-#pragma unroll
-      for (int n = 0; n < kDecodeKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          score[n][c] = ptx::exp2_approx(fmaf(score[n][c], scale, -base));
-          sum[h] += score[n][c];
-        }
-      }
-    }
+    return softmax.max[half] == kNegInf ? kNegInf : softmax.max[half] * scale;
   }
 };
 
