@@ -170,7 +170,9 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
     if (!end) {
       const int count = build_union(p, chosen, plan, rows, kGroups * 4, shared.scratch(plan.words),
                                     shared.lists + (index & 1) * shared.list_size, lane);
-      balance_parts(shared.lists + (index & 1) * shared.list_size, count, plan.parts, lane);
+      // All wait for the first list, so its blocks stay ascending where they need not be divided.
+      if (index > 0 || plan.parts > 1)
+        balance_parts(shared.lists + (index & 1) * shared.list_size, count, plan.parts, lane);
       if (lane == 0) chosen.num_parts = count * plan.parts;
     }
     __syncwarp();
