@@ -134,6 +134,7 @@ RACES = (
         pairs(
             # full, empty: what a tile's rows need beside their data.
             ("produce", "finish_scores"),
+            ("bulk_load", "finish_scores"),
             # The same, and keys_full, keys_empty: the item.
             ("produce", "consume"),
         ),

@@ -53,7 +53,8 @@ struct KeysLayout {
   static constexpr int kConsumerBytes = (2 + kStages) * kTile;
 
   struct Control {
-    // One is written when the place of its Q is free, so that the scores of the tile kInfos before are done.
+    // One is written when the place of its Q is free, so that the scores of the tile kInfos before are done: the
+    // place was that tile's of dO (an odd number of stages) or of Q.
     TileInfo tile[kInfos];
     ItemInfo item[2];
     uint64_t full[kStages], empty[kStages], keys_full, keys_empty;
@@ -313,11 +314,12 @@ __device__ __forceinline__ void consume(const Params& p, const SelectedBwdChunk&
         store_if(chunk.ds.data, int64_t{target[slab]} * ScoreGrads::kVectors + warp * 32 + lane, turned);
       }
       ptx::wgmma_wait<1>();
+      // Every lane has read the tile's info, which is written again when either place is free (see kInfos).
+      __syncwarp();
       ptx::barrier_arrive_if(address(control.empty[at.slot]), lane == 0);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(dk);
       ptx::pin_registers(dv);
-      __syncwarp();  // every lane has read the tile's info
       ptx::barrier_arrive_if(address(control.empty[at_q.slot]), lane == 0);
       at = at_q;
       at.advance();
