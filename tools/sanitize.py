@@ -71,6 +71,7 @@ CACHE_TESTS = tuple(
         f"test_append_kv[shorter_than_a_block-{path}-float16-ring-mean]",
     )
 )
+DECODE_TESTS = tuple(test for test in CACHE_TESTS if "append_kv[" not in test)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ RACES = (
     Races("selected_blocks", "block_indices turned around are the lists of who chose which block"),
     Races("_portable", tuple(test for test in TESTS if "portable" in test), launches=0),
     Races("append_", tuple(test for test in CACHE_TESTS if "append_kv" in test), launches=0),
-    Races("decode_", tuple(test for test in CACHE_TESTS if "append_kv[" not in test), launches=0),
+    Races("decode_", tuple(test for test in DECODE_TESTS if "-portable-" in test), launches=0),
+    # Launches of clusters take racecheck seconds each.
+    *(Races("decode_attention_sm90", (test,), launches=0) for test in DECODE_TESTS if "-cuda-" in test),
 )
 
 # Reports of the level "Info", of writes of the same value, are none.
@@ -319,7 +322,10 @@ def chosen_checks(args: argparse.Namespace) -> list[Check]:
         if args.kernel in races.kernel and name in programs and args.only in (None, name):
             program = [str(args.catch2), races.test] if name == "catch2" else [*pytest, *races.test]
             options = ("--launch-count", str(races.launches))
-            chosen.append(Check("racecheck", races.kernel, races.kernel, program, options, races.failures))
+            title = races.kernel
+            if name == "pytest" and len(races.test) == 1:
+                title += f" in {races.test[0].partition('::')[2]}"
+            chosen.append(Check("racecheck", title, races.kernel, program, options, races.failures))
     return chosen
 
 
