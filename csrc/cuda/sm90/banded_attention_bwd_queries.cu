@@ -4,7 +4,8 @@
 // Persistent blocks walk the work items, a tile of adjacent tokens of one KV head each, longest first. Two
 // consumer warpgroups own 64 query rows each, the heads of the group packed as rows: row r is token r / G,
 // head r % G. Scores S = Q K^T and dP = dO V^T are multiplied again; dS is the A fragment in registers of
-// dQ += dS K. The producer warp brings Q and dO of an item and the key tiles. An item walks the keys of one
+// dQ += dS K. Of the producer warps one describes the items, one brings Q and dO with what else belongs to
+// their rows, one the key tiles, each as far ahead as its own ring allows. An item walks the keys of one
 // branch after the other, so that branches that share q and dO share one load of them and one sum.
 #include "cuda/sm90/banded_attention_bwd.h"
 #include "cuda/sm90/launch.h"
@@ -18,7 +19,6 @@ constexpr int kMaxBranches = 2;
 struct QueriesParams {
   SequenceBatch seqs;  // key_rows: of the branches
   AttentionShape shape;
-  double softmax_scale;
   QueryGrads dq;
   struct Branch {
     KeyBlocks keys;
@@ -26,13 +26,17 @@ struct QueriesParams {
     const float *factor, *delta, *lse;  // factor: d_o_scale
   } branch[kMaxBranches];
   int count;
+  // What kernels would work out from the shape: there are no registers to keep it in.
+  float scale, scale_log2;
+  GroupRows rows;
+  int part, num_items, heads;  // part: tokens of a consumer
 };
 struct BranchMaps {
   KeyMaps branch[kMaxBranches];
 };
 
 // A work item, tokens of both warpgroups, and the keys [lo, hi) of each branch that some of them see.
-// num_keys: of the sequence. It stays in shared memory: the producer has no registers for it.
+// num_keys: of the sequence. It stays in shared memory: the producers have no registers for it.
 struct Item {
   int64_t row;  // of q: the first token
   int tokens, position, head;
@@ -42,7 +46,7 @@ struct Item {
   } keys[kMaxBranches];
 };
 
-// An item's walk over the keys of one branch, as the producer tells the consumers. It stays in shared memory,
+// An item's walk over the keys of one branch, as a producer tells the consumers. It stays in shared memory,
 // since the consumers have no registers for it.
 struct Walk {
   int64_t row;
@@ -67,48 +71,56 @@ struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   static constexpr int kEmptyK = kFullK + 8 * kStages;
   static constexpr int kFullV = kEmptyK + 8 * kStages;
   static constexpr int kEmptyV = kFullV + 8 * kStages;
-  static constexpr int kFullQ = kEmptyV + 8 * kStages;
-  static constexpr int kEmptyQ = kFullQ + 8 * kConsumers;
-  static constexpr int kLanded = kEmptyQ + 8 * kConsumers;  // of a tile the producer still works on
-  static constexpr int kItem = kLanded + 8;
-  static constexpr int kWalks = kItem + static_cast<int>(sizeof(Item));
-  // A walk is told when all have begun the last one: the one before is over.
-  static constexpr int kWalkSlots = 2;
+  // Q and dO, of each consumer on its own: one may be ahead of the other.
+  static constexpr int kFullRows = kEmptyV + 8 * kStages;
+  static constexpr int kEmptyRows = kFullRows + 8 * kConsumers;
+  // A walk is told when both have begun the last but one: that before it is over, whose slot is not used
+  // before the next walk.
+  static constexpr int kStatSlots = 2, kWalkSlots = 4;
+  static constexpr int kFullWalk = kEmptyRows + 8 * kConsumers;
+  static constexpr int kEmptyWalk = kFullWalk + 8 * kStatSlots;
+  static constexpr int kLanded = kEmptyWalk + 8 * kStatSlots;  // of a tile a producer still works on
+  static constexpr int kItemSlots = 2;
+  static constexpr int kFullItem = kLanded + 8;
+  static constexpr int kEmptyItem = kFullItem + 8 * kItemSlots;
+  static constexpr int kSchedule = kEmptyItem + 8 * kItemSlots;
+  static constexpr int kItems = kSchedule + 8;
+  static constexpr int kWalks = kItems + kItemSlots * static_cast<int>(sizeof(Item));
   static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);
   static constexpr int kBytesO = swizzled_tile_bytes<kDimV>(kWarpgroupRows);
   static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
   static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
   static constexpr int kStats = 1024;
-  static constexpr int kQ = kStats + 1024;
+  static constexpr int kQ = kStats + kStatSlots * static_cast<int>(sizeof(RowStats));
   static constexpr int kO = kQ + kConsumers * kBytesQ;
   static constexpr int kK = kO + kConsumers * kBytesO;
   static constexpr int kV = kK + kStages * kBytesK;
-  static constexpr int kBytes = 1024 + kV + kStages * kBytesV;
+  static constexpr int kBytes = kV + kStages * kBytesV;
   static_assert(kWalks % 8 == 0 && kWalks + kWalkSlots * static_cast<int>(sizeof(Walk)) <= kStats &&
-                kStats + static_cast<int>(sizeof(RowStats)) <= kQ && kBytes <= 232448);
+                kQ % 1024 == 0 && kBytes <= 232448);
 };
 
-// The items of one block.
+// The items of one block. It stays in shared memory, as the warp that describes has few registers.
 struct Schedule {
-  int num_tiles, heads, tokens;
-  int round = 0;
+  int round, items;  // so far: looked at, passed on
 
-  // By one warp. False: there is no further item. Those of no token are skipped.
-  __device__ __forceinline__ bool next(const QueriesParams& p, Item* item) {
-    const int total = num_tiles * heads, blocks = gridDim.x, block = blockIdx.x;
-    while (round * blocks < total) {
+  // By one thread. False: there is no further item. Those of no token are skipped.
+  static __device__ __forceinline__ bool next(const QueriesParams& p, volatile Schedule* schedule,
+                                              Item* item) {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    while (true) {
+      const int round = schedule->round;
+      if (round * blocks >= p.num_items) return false;
+      schedule->round = round + 1;
       // Back and forth over the blocks, so that none gets the longest of every round.
       const int k = round * blocks + (round & 1 ? blocks - 1 - block : block);
-      ++round;
-      if (k >= total) continue;
-      const SequenceTile tile = find_sequence_tile(p.seqs, num_tiles - 1 - k / heads, tokens);
+      if (k >= p.num_items) continue;
+      const SequenceTile tile =
+          find_sequence_tile(p.seqs, (p.num_items - 1 - k) / p.heads, p.part * kConsumers);
       if (tile.count == 0) continue;
-      __syncwarp();  // all lanes have read the item before
-      if (threadIdx.x % 32 == 0) describe(p, tile, k % heads, item);
-      __syncwarp();
+      describe(p, tile, k % p.heads, item);
       return true;
     }
-    return false;
   }
   static __device__ __forceinline__ void describe(const QueriesParams& p, const SequenceTile& tile, int head,
                                                   Item* item) {
@@ -133,25 +145,99 @@ struct Schedule {
   }
 };
 
+// Items on their way from the warp that describes them to those that bring their rows and keys.
+struct ItemRing {
+  uint32_t full, empty;
+  Item* items;
+  int count = 0;
+
+  __device__ __forceinline__ int slot() const { return count % 2; }
+  __device__ __forceinline__ uint32_t parity() const { return count / 2 & 1; }
+  __device__ __forceinline__ const volatile Item& wait() const {
+    ptx::barrier_wait(full + 8 * slot(), parity());
+    return items[slot()];
+  }
+  __device__ __forceinline__ void pass_on() {
+    __syncwarp();  // all lanes have read
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty + 8 * slot());
+    ++count;
+  }
+};
+
+// One warp describes the items, and finishes those that see no key.
+template <typename T, int kDimQK>
+__device__ __forceinline__ void produce_items(const QueriesParams& p, ItemRing ring,
+                                              volatile Schedule* schedule) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  while (true) {
+    ring.count = schedule->items;
+    ptx::barrier_wait(ring.empty + 8 * ring.slot(), ring.parity() ^ 1);
+    if (lane == 0) {
+      Item* const slot = ring.items + ring.slot();
+      if (!Schedule::next(p, schedule, slot)) slot->tokens = 0;
+    }
+    __syncwarp();
+    ring.count = schedule->items;
+    const volatile Item& item = ring.items[ring.slot()];
+    if (item.tokens > 0 && item.last < 0) {
+#pragma unroll 1
+      for (int i = 0; i < item.tokens; ++i) {
+        const int64_t row = (item.row + i) * p.shape.num_heads_q + item.head * p.rows.group;
+        put_no_query_grads<T>(p.dq, row * kDimQK, p.rows.group * kDimQK, lane);
+      }
+      __syncwarp();
+      continue;
+    }
+    const bool over = item.tokens == 0;
+    __syncwarp();  // all lanes have read
+    if (lane == 0) {
+      schedule->items = ring.count + 1;
+      ptx::barrier_arrive(ring.full + 8 * ring.slot());
+    }
+    __syncwarp();
+    if (over) break;
+  }
+}
+
+// One warp brings Q and dO of an item and tells its walks.
 template <typename T, int kDimQK, int kDimV>
-__device__ __forceinline__ void produce(const QueriesParams& p, const QueryMaps& maps,
-                                        const BranchMaps& branch_maps, Schedule schedule, const uint32_t base,
-                                        unsigned char* shared) {
+__device__ __forceinline__ void produce_rows(const QueriesParams& p, const QueryMaps& maps, ItemRing items,
+                                             const uint32_t base, unsigned char* shared) {
   using Layout = QueriesLayout<kDimQK, kDimV>;
-  constexpr int kKeys = Layout::kKeys;
-  const int lane = threadIdx.x & 31, group = p.shape.group(), part = kWarpgroupRows / group;
+  const int lane = threadIdx.x & 31;
   Walk* const walks = reinterpret_cast<Walk*>(shared + Layout::kWalks);
-  Item* const items = reinterpret_cast<Item*>(shared + Layout::kItem);
-  const volatile Item& item = *items;
-  RowStats& stats = *reinterpret_cast<RowStats*>(shared + Layout::kStats);
-  RingPosition<Layout::kStages> ring;
-  uint32_t landed_parity = 0;
+  RowStats* const row_stats = reinterpret_cast<RowStats*>(shared + Layout::kStats);
+  uint32_t rows_parity = 0;
   int count = 0;  // walks so far
   const auto wait_for_slot = [&] {
-#pragma unroll 1
-    for (int w = 0; w < kConsumers; ++w) ptx::barrier_wait(base + Layout::kEmptyQ + 8 * w, (count & 1) ^ 1);
+    ptx::barrier_wait(base + Layout::kEmptyWalk + 8 * (count % Layout::kStatSlots),
+                      count / Layout::kStatSlots & 1 ^ 1);
   };
-  const auto tell_walk = [&](int b) {
+  const auto pass_on = [&] {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(base + Layout::kFullWalk + 8 * (count % Layout::kStatSlots));
+    ++count;
+  };
+  const auto load_rows = [&](const volatile Item& item) {
+    const int row = static_cast<int>(item.row), head = item.head * p.rows.group;
+#pragma unroll 1
+    for (int w = 0; w < kConsumers; ++w) {
+      const uint32_t full = base + Layout::kFullRows + 8 * w;
+      ptx::barrier_wait(base + Layout::kEmptyRows + 8 * w, rows_parity ^ 1);
+      if (lane == 0) {
+        ptx::barrier_arrive_expect(full, p.part * p.rows.group * (kDimQK + kDimV) * 2);
+        load_panels<kDimQK>(base + Layout::kQ + w * Layout::kBytesQ, kWarpgroupRows, maps.q, full, head,
+                            row + w * p.part);
+        load_panels<kDimV>(base + Layout::kO + w * Layout::kBytesO, kWarpgroupRows, maps.d_o, full, head,
+                           row + w * p.part);
+      }
+    }
+    rows_parity ^= 1;
+  };
+  const auto tell_walk = [&](const volatile Item& item, int b) {
+    const QueriesParams::Branch& branch = p.branch[b];
+    RowStats& stats = row_stats[count % Layout::kStatSlots];
     wait_for_slot();
     if (lane == 0) {
       walks[count % Layout::kWalkSlots] = {item.row,
@@ -160,46 +246,52 @@ __device__ __forceinline__ void produce(const QueriesParams& p, const QueryMaps&
                                            item.head,
                                            item.keys[b].lo,
                                            item.keys[b].hi,
-                                           Visibility(p.branch[b].keys, p.branch[b].window),
+                                           Visibility(branch.keys, p.branch[b].window),
                                            b == item.last};
     }
-    const QueriesParams::Branch& branch = p.branch[b];
 #pragma unroll 2
     for (int i = lane; i < kConsumers * kWarpgroupRows; i += 32) {
-      const int row = i % kWarpgroupRows, token = GroupRows(group).token(row);
-      const int in_item = i / kWarpgroupRows * part + token;
-      const bool valid = token < part && in_item < item.tokens;
-      const int64_t at = item.row * p.shape.num_heads_q +
-                         (item.head * group + in_item * p.shape.num_heads_q + row - token * group);
+      const int row = i % kWarpgroupRows, token = p.rows.token(row);
+      const int in_item = i / kWarpgroupRows * p.part + token;
+      const bool valid = token < p.part && in_item < item.tokens;
+      const int64_t at =
+          item.row * p.shape.num_heads_q +
+          (item.head * p.rows.group + in_item * p.shape.num_heads_q + row - token * p.rows.group);
       const float factor = valid && branch.factor != nullptr ? branch.factor[at] : 1.f;
       const float lse = valid ? branch.lse[at] : -kNegInf;
       const float delta = valid ? branch.delta[at] : 0.f;
       stats.lse_delta[i] =
           make_float2(lse * kLog2e - __log2f(factor), factor > 0.f ? __fdividef(delta, factor) : 0.f);
     }
-    __syncwarp();
-    ++count;
+    pass_on();
   };
-  const auto load_rows = [&] {
-    const int row = static_cast<int>(item.row), head = item.head * group;
 #pragma unroll 1
-    for (int w = 0; w < kConsumers; ++w) {
-      const uint32_t full_q = base + Layout::kFullQ + 8 * w;
-      ptx::barrier_arrive_expect(full_q, part * group * (kDimQK + kDimV) * 2);
-      load_panels<kDimQK>(base + Layout::kQ + w * Layout::kBytesQ, kWarpgroupRows, maps.q, full_q, head,
-                          row + w * part);
-      load_panels<kDimV>(base + Layout::kO + w * Layout::kBytesO, kWarpgroupRows, maps.d_o, full_q, head,
-                         row + w * part);
+  while (true) {
+    const volatile Item& item = items.wait();
+    if (item.tokens == 0) break;
+    load_rows(item);
+#pragma unroll 1
+    for (int b = 0; b <= item.last; ++b) {
+      if (item.keys[b].lo < item.keys[b].hi) tell_walk(item, b);
     }
-  };
-  const auto arrive_rows = [&] {
-#pragma unroll 1
-    for (int w = 0; w < kConsumers; ++w) ptx::barrier_arrive(base + Layout::kFullQ + 8 * w);
-  };
-  const auto walk_keys = [&](int b, bool first) {
-    const KeyMaps& key_maps = branch_maps.branch[b];
+    items.pass_on();
+  }
+  wait_for_slot();
+  if (lane == 0) walks[count % Layout::kWalkSlots].tokens = 0;
+  pass_on();
+}
+
+// Another warp brings the keys.
+template <int kDimQK, int kDimV>
+__device__ __forceinline__ void produce_keys(const BranchMaps& maps, ItemRing items, const uint32_t base) {
+  using Layout = QueriesLayout<kDimQK, kDimV>;
+  constexpr int kKeys = Layout::kKeys;
+  const int lane = threadIdx.x & 31;
+  RingPosition<Layout::kStages> ring;
+  uint32_t landed_parity = 0;
+  const auto walk_keys = [&](const volatile Item& item, int b) {
+    const KeyMaps& key_maps = maps.branch[b];
     const volatile Item::Keys& keys = item.keys[b];
-    bool told = false;
 #pragma unroll 1
     for (int begin = keys.lo; begin < keys.hi; begin += kKeys) {
       const uint32_t k = base + Layout::kK + ring.slot * Layout::kBytesK,
@@ -213,11 +305,6 @@ __device__ __forceinline__ void produce(const QueriesParams& p, const QueryMaps&
       if (lane == 0) {
         ptx::barrier_arrive_expect(landed, Layout::kBytesK);
         load_panels<kDimQK>(k, kKeys, key_maps.k, landed, item.head, keys.first_row + begin);
-      }
-      if (!told) {
-        tell_walk(b);
-        if (lane == 0) first ? load_rows() : arrive_rows();
-        told = true;
       }
       ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
       if (lane == 0) {
@@ -235,33 +322,13 @@ __device__ __forceinline__ void produce(const QueriesParams& p, const QueryMaps&
       ring.advance();
     }
   };
-
 #pragma unroll 1
-  while (schedule.next(p, items)) {
-    // What the end of the item reads comes as far as L2 meanwhile.
-    if (p.dq.begun && p.dq.result != nullptr && lane < item.tokens) {
-      const int64_t row = (item.row + lane) * p.shape.num_heads_q + item.head * group;
-      ptx::bulk_prefetch(static_cast<const float*>(p.dq.sum) + row * kDimQK, group * kDimQK * 4);
-    }
-    if (item.last < 0) {
+  while (true) {
+    const volatile Item& item = items.wait();
+    if (item.tokens == 0) break;
 #pragma unroll 1
-      for (int i = 0; i < item.tokens; ++i) {
-        const int64_t row = (item.row + i) * p.shape.num_heads_q + item.head * group;
-        put_no_query_grads<T>(p.dq, row * kDimQK, group * kDimQK, lane);
-      }
-    }
-    bool first = true;
-#pragma unroll 1
-    for (int b = 0; b <= item.last; ++b) {
-      if (item.keys[b].lo >= item.keys[b].hi) continue;
-      walk_keys(b, first);
-      first = false;
-    }
-  }
-  wait_for_slot();
-  if (lane == 0) {
-    walks[count % Layout::kWalkSlots].tokens = 0;
-    arrive_rows();
+    for (int b = 0; b <= item.last; ++b) walk_keys(item, b);
+    items.pass_on();
   }
 }
 
@@ -271,11 +338,12 @@ struct RowPair {
 };
 
 // The number of a row in [T, Hq], or -1 for one of no query. first_token: of this warpgroup, within the item.
-__device__ __forceinline__ int64_t row_number(const AttentionShape& shape, const volatile Walk& walk,
+__device__ __forceinline__ int64_t row_number(const QueriesParams& p, const volatile Walk& walk,
                                               int first_token, int row) {
-  const int group = shape.group(), token = GroupRows(group).token(row);
-  if (token >= kWarpgroupRows / group || first_token + token >= walk.tokens) return -1;
-  return (walk.row + first_token + token) * shape.num_heads_q + walk.head * group + row - token * group;
+  const int token = p.rows.token(row);
+  if (token >= p.part || first_token + token >= walk.tokens) return -1;
+  return (walk.row + first_token + token) * p.shape.num_heads_q + walk.head * p.rows.group + row -
+         token * p.rows.group;
 }
 
 __device__ __forceinline__ RowPair read_rows(const RowStats& stats, int consumer, int row0) {
@@ -291,8 +359,9 @@ __device__ __forceinline__ RowPair read_rows(const RowStats& stats, int consumer
 
 // Who sees a key tile: of a warpgroup's queries, all of them and all of its keys, or this row.
 struct WalkMask {
+  const QueriesParams& p;
   const volatile Walk& walk;
-  int part, consumer;
+  int consumer;
 
   __device__ __forceinline__ Visibility visible() const {
     Visibility copy({1, 1}, 0);
@@ -303,13 +372,17 @@ struct WalkMask {
   }
   __device__ __forceinline__ bool whole(int begin, int end) const {
     const Visibility seen = visible();
-    const int oldest = walk.position + consumer * part;
-    return (consumer + 1) * part <= walk.tokens && end <= walk.hi && seen(oldest, seen.end_of(end - 1)) &&
-           seen(oldest + part - 1, seen.end_of(begin));
+    const int oldest = walk.position + consumer * p.part;
+    const int tokens = walk.tokens, hi = walk.hi;
+    // No short circuits: products are under way.
+    return static_cast<bool>(static_cast<int>((consumer + 1) * p.part <= tokens) &
+                             static_cast<int>(end <= hi) &
+                             static_cast<int>(seen(oldest, seen.end_of(end - 1))) &
+                             static_cast<int>(seen(oldest + p.part - 1, seen.end_of(begin))));
   }
-  __device__ __forceinline__ int position(int group, int row) const {
-    const int token = GroupRows(group).token(row), in_item = consumer * part + token;
-    return token < part && in_item < walk.tokens ? walk.position + in_item : kNoPosition;
+  __device__ __forceinline__ int position(int row) const {
+    const int token = p.rows.token(row), in_item = consumer * p.part + token;
+    return token < p.part && in_item < walk.tokens ? walk.position + in_item : kNoPosition;
   }
 };
 
@@ -319,78 +392,102 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
   using Layout = QueriesLayout<kDimQK, kDimV>;
   constexpr int kKeys = Layout::kKeys;
   const int lane = threadIdx.x & 31, row0 = (threadIdx.x & 127) / 32 * 16 + lane / 4;
-  const int part = kWarpgroupRows / p.shape.group();
-  const float scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const uint32_t q = base + Layout::kQ + consumer * Layout::kBytesQ,
                  d_o = base + Layout::kO + consumer * Layout::kBytesO;
   const volatile Walk* const walks = reinterpret_cast<const volatile Walk*>(shared + Layout::kWalks);
   RingPosition<Layout::kStages> ring;
   int count = 0;  // walks so far
+  uint32_t rows_parity = 0;
   const auto wait_for_walk = [&]() -> const volatile Walk& {
-    ptx::barrier_wait(base + Layout::kFullQ + 8 * consumer, count & 1);
+    ptx::barrier_wait(base + Layout::kFullWalk + 8 * (count % Layout::kStatSlots),
+                      count / Layout::kStatSlots & 1);
     return walks[count % Layout::kWalkSlots];
   };
 #pragma unroll 1
   while (wait_for_walk().tokens > 0) {
+    ptx::barrier_wait(base + Layout::kFullRows + 8 * consumer, rows_parity);
+    rows_parity ^= 1;
     [[maybe_unused]] uint32_t q_fragments[kDimQK / 16][4], d_o_fragments[kDimV / 16][4];
     if constexpr (Layout::kRowsInRegisters) {
       load_fragments<kDimQK>(q_fragments, q, threadIdx.x / 32 % 4, lane);
       load_fragments<kDimV>(d_o_fragments, d_o, threadIdx.x / 32 % 4, lane);
+      __syncwarp();  // all lanes have read
+      ptx::barrier_arrive_if(base + Layout::kEmptyRows + 8 * consumer, lane == 0);
     }
     float dq[kDimQK / 2];
 #pragma unroll
     for (float& x : dq) x = 0.f;
+    // What the end of the item reads comes as far as L2 meanwhile.
+    if (p.dq.begun && p.dq.result != nullptr && (threadIdx.x & 127) < p.part) {
+      const volatile Walk& walk = walks[count % Layout::kWalkSlots];
+      const int in_item = consumer * p.part + (threadIdx.x & 127);
+      if (in_item < walk.tokens) {
+        const int64_t row = (walk.row + in_item) * p.shape.num_heads_q + walk.head * p.rows.group;
+        ptx::bulk_prefetch(static_cast<const float*>(p.dq.sum) + row * kDimQK, p.rows.group * kDimQK * 4);
+      }
+    }
     const auto run_walk = [&](const volatile Walk& walk) {
       const RowPair rows =
-          read_rows(*reinterpret_cast<const RowStats*>(shared + Layout::kStats), consumer, row0);
-      const WalkMask mask{walk, part, consumer};
-      __syncwarp();  // all lanes have read before lane 0 says so, here or behind the last tile
-      if constexpr (Layout::kRowsInRegisters)
-        ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer, lane == 0);
+          read_rows(reinterpret_cast<const RowStats*>(shared + Layout::kStats)[count % Layout::kStatSlots],
+                    consumer, row0);
+      const WalkMask mask{p, walk, consumer};
+      __syncwarp();  // all lanes have read before lane 0 says so
+      ptx::barrier_arrive_if(base + Layout::kEmptyWalk + 8 * (count % Layout::kStatSlots), lane == 0);
 
-      const auto run_tile = [&]<bool kMasked>(int begin) {
+      const auto run_tile = [&](int begin) {
+        uint32_t ds[kKeys / 16][4];
         const uint32_t k = base + Layout::kK + ring.slot * Layout::kBytesK,
                        v = base + Layout::kV + ring.slot * Layout::kBytesV;
         float s[kKeys / 2], dp[kKeys / 2];
-        uint32_t ds[kKeys / 16][4];
         ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
         ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
         ptx::wgmma_fence();
         if constexpr (Layout::kRowsInRegisters) {
           multiply_rows<T, kDimQK, kKeys>(s, q_fragments, k);
-          multiply_rows<T, kDimV, kKeys>(dp, d_o_fragments, v);
         } else {
           multiply_rows<T, kDimQK, kKeys>(s, q, kWarpgroupRows, k);
+        }
+        const bool whole = mask.whole(begin, begin + kKeys);
+        if constexpr (Layout::kRowsInRegisters) {
+          multiply_rows<T, kDimV, kKeys>(dp, d_o_fragments, v);
+        } else {
           multiply_rows<T, kDimV, kKeys>(dp, d_o, kWarpgroupRows, v);
         }
         ptx::wgmma_wait<1>();
         ptx::pin_registers(s);
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s[i] = ptx::exp2_approx(fmaf(s[i], scale, -rows.lse[i / 2 % 2]));
+        for (int i = 0; i < kKeys / 2; ++i)
+          s[i] = ptx::exp2_approx(fmaf(s[i], p.scale_log2, -rows.lse[i / 2 % 2]));
         ptx::pin_registers(s);  // while dP is multiplied, not behind it
         ptx::wgmma_wait<0>();
         ptx::pin_registers(dp);
         ptx::barrier_arrive_if(base + Layout::kEmptyV + 8 * ring.slot, lane == 0);
         if constexpr (!Layout::kRowsInRegisters)
-          ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * consumer,
-                                 lane == 0 && begin + kKeys >= walk.hi);
-        [[maybe_unused]] const Visibility visible = mask.visible();
-        [[maybe_unused]] const int hi = walk.hi;
-        [[maybe_unused]] int position[2];
-        if constexpr (kMasked) {
+          ptx::barrier_arrive_if(base + Layout::kEmptyRows + 8 * consumer,
+                                 lane == 0 && walk.last && begin + kKeys >= walk.hi);
+        if (whole) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) position[h] = mask.position(p.shape.group(), row0 + 8 * h);
-        }
-#pragma unroll
-        for (int i = 0; i < kKeys / 2; i += 2) {
-          const int h = i / 2 % 2;
-          float x = s[i] * (dp[i] - rows.delta[h]), y = s[i + 1] * (dp[i + 1] - rows.delta[h]);
-          if constexpr (kMasked) {  // whatever P and dP are there
-            const int key = begin + i / 4 * 8 + (lane & 3) * 2;
-            x = key < hi && visible(position[h], visible.end_of(key)) ? x : 0.f;
-            y = key + 1 < hi && visible(position[h], visible.end_of(key + 1)) ? y : 0.f;
+          for (int i = 0; i < kKeys / 2; i += 2) {
+            const int h = i / 2 % 2;
+            ds[i / 8][i / 2 % 4] =
+                ptx::pack2<T>(s[i] * (dp[i] - rows.delta[h]), s[i + 1] * (dp[i + 1] - rows.delta[h]));
           }
-          ds[i / 8][i / 2 % 4] = ptx::pack2<T>(x, y);
+        } else {
+          const Visibility visible = mask.visible();
+          const int hi = walk.hi;
+          int position[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) position[h] = mask.position(row0 + 8 * h);
+#pragma unroll
+          for (int i = 0; i < kKeys / 2; i += 2) {
+            const int h = i / 2 % 2;
+            const int key = begin + i / 4 * 8 + (lane & 3) * 2;
+            float x = s[i] * (dp[i] - rows.delta[h]), y = s[i + 1] * (dp[i + 1] - rows.delta[h]);
+            x = key < hi && visible(position[h], visible.end_of(key)) ? x
+                                                                      : 0.f;  // whatever P and dP are there
+            y = key + 1 < hi && visible(position[h], visible.end_of(key + 1)) ? y : 0.f;
+            ds[i / 8][i / 2 % 4] = ptx::pack2<T>(x, y);
+          }
         }
         ptx::wgmma_fence();
         multiply_fragments<T, kDimQK, kKeys>(dq, ds, k);
@@ -400,14 +497,10 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
         ring.advance();
       };
 
+      int begin = walk.lo;
+      const int end = walk.hi;
 #pragma unroll 1
-      for (int begin = walk.lo; begin < walk.hi; begin += kKeys) {
-        if (mask.whole(begin, begin + kKeys)) {
-          run_tile.template operator()<false>(begin);
-        } else {
-          run_tile.template operator()<true>(begin);
-        }
-      }
+      for (; begin < end; begin += kKeys) run_tile(begin);
     };
     while (true) {
       const volatile Walk& walk = wait_for_walk();
@@ -415,14 +508,14 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
       ++count;
       if (walk.last) break;
     }
-    const volatile Walk& walk = walks[(count + 1) % Layout::kWalkSlots];  // the last one
+    const volatile Walk& walk = walks[(count - 1) % Layout::kWalkSlots];  // the last one
     int64_t at[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = row_number(p.shape, walk, consumer * part, row0 + 8 * h);
+      const int64_t row = row_number(p, walk, consumer * p.part, row0 + 8 * h);
       at[h] = row < 0 ? -1 : row * kDimQK;
     }
-    put_query_grads<T, true, kDimQK>(p.dq, dq, static_cast<float>(p.softmax_scale), at, lane);
+    put_query_grads<T, true, kDimQK>(p.dq, dq, p.scale, at, lane);
   }
 }
 
@@ -430,13 +523,12 @@ template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
     banded_attention_bwd_queries_sm90(const __grid_constant__ QueriesParams p,
                                       const __grid_constant__ QueryMaps maps,
-                                      const __grid_constant__ BranchMaps branch_maps, const int num_tiles) {
+                                      const __grid_constant__ BranchMaps branch_maps) {
   using Layout = QueriesLayout<kDimQK, kDimV>;
-  extern __shared__ unsigned char unaligned[];
-  const uint32_t unaligned_address = ptx::shared_address(unaligned);
-  const uint32_t base = (unaligned_address + 1023) / 1024 * 1024;
-  unsigned char* const shared = unaligned + (base - unaligned_address);
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
+    *reinterpret_cast<Schedule*>(shared + Layout::kSchedule) = {0, 0};
     for (int i = 0; i < Layout::kStages; ++i) {
       ptx::barrier_init(base + Layout::kFullK + 8 * i, 1);
       ptx::barrier_init(base + Layout::kFullV + 8 * i, 1);
@@ -444,18 +536,34 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
       ptx::barrier_init(base + Layout::kEmptyV + 8 * i, Layout::kConsumerWarps);
     }
     for (int i = 0; i < kConsumers; ++i) {
-      ptx::barrier_init(base + Layout::kFullQ + 8 * i, 1);
-      ptx::barrier_init(base + Layout::kEmptyQ + 8 * i, 4);
+      ptx::barrier_init(base + Layout::kFullRows + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyRows + 8 * i, 4);
+    }
+    for (int i = 0; i < Layout::kStatSlots; ++i) {
+      ptx::barrier_init(base + Layout::kFullWalk + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyWalk + 8 * i, Layout::kConsumerWarps);
+    }
+    for (int i = 0; i < Layout::kItemSlots; ++i) {
+      ptx::barrier_init(base + Layout::kFullItem + 8 * i, 1);
+      ptx::barrier_init(base + Layout::kEmptyItem + 8 * i, 2);
     }
     ptx::barrier_init(base + Layout::kLanded, 1);
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  const Schedule schedule{num_tiles, p.shape.num_heads_kv, kWarpgroupRows / p.shape.group() * kConsumers};
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
-    if (threadIdx.x % 128 < 32) produce<T, kDimQK, kDimV>(p, maps, branch_maps, schedule, base, shared);
+    const int warp = threadIdx.x / 32 % 4;
+    const ItemRing items{base + Layout::kFullItem, base + Layout::kEmptyItem,
+                         reinterpret_cast<Item*>(shared + Layout::kItems)};
+    if (warp == 0) {
+      produce_rows<T, kDimQK, kDimV>(p, maps, items, base, shared);
+    } else if (warp == 1) {
+      produce_keys<kDimQK, kDimV>(branch_maps, items, base);
+    } else if (warp == 2) {
+      produce_items<T, kDimQK>(p, items, reinterpret_cast<Schedule*>(shared + Layout::kSchedule));
+    }
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV>(p, base, shared, warpgroup);
@@ -467,7 +575,17 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
 bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, const Stream& stream,
                                   Status* status) {
   const BandedAttentionBwdParams& common = branches[0];
-  QueriesParams p{common.seqs, common.shape, common.softmax_scale, branches[count - 1].grads.dq, {}, count};
+  QueriesParams p{common.seqs,
+                  common.shape,
+                  branches[count - 1].grads.dq,
+                  {},
+                  count,
+                  static_cast<float>(common.softmax_scale),
+                  static_cast<float>(common.softmax_scale) * kLog2e,
+                  GroupRows(common.shape.group()),
+                  kWarpgroupRows / common.shape.group(),
+                  0,
+                  common.shape.num_heads_kv};
   p.dq.begun = common.grads.dq.begun;
   for (int b = 0; b < count; ++b) {
     const AttentionGrads& grads = branches[b].grads;
@@ -482,17 +600,15 @@ bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int 
     using Layout = QueriesLayout<kDimQK, kDimV>;
     QueryMaps maps;
     BranchMaps branch_maps;
-    const int group = p.shape.group(), part = kWarpgroupRows / group;
-    if (!make_maps<kDimQK, kDimV>(&maps, common, part)) return false;
+    if (!make_maps<kDimQK, kDimV>(&maps, common, p.part)) return false;
     for (int b = 0; b < count; ++b) {
       if (!make_maps<kDimQK, kDimV>(&branch_maps.branch[b], branches[b], Layout::kKeys)) return false;
     }
-    const int64_t num_tiles = num_sequence_tiles(p.seqs, part * kConsumers);
-    const int64_t blocks =
-        min64(num_tiles * p.shape.num_heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
+    p.num_items = static_cast<int>(num_sequence_tiles(p.seqs, p.part * kConsumers) * p.heads);
+    const int64_t blocks = min64(p.num_items, device_attribute(cudaDevAttrMultiProcessorCount));
     *status = launch("banded_attention_bwd_queries_sm90", banded_attention_bwd_queries_sm90<T, kDimQK, kDimV>,
                      dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, maps,
-                     branch_maps, static_cast<int>(num_tiles));
+                     branch_maps);
     return true;
   };
   return dispatch_kernels(common.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, run);

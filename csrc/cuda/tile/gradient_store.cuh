@@ -98,15 +98,21 @@ __device__ __forceinline__ void put_query_grads(const QueryGrads& grads, float (
   }
 }
 
-// The same for `count` elements from `at` on, of rows that see no key; by one warp.
+// The same for `count` elements, a multiple of 8, from `at` on, of rows that see no key; by one warp.
 template <typename T>
 __device__ __forceinline__ void put_no_query_grads(const QueryGrads& grads, int64_t at, int count, int lane) {
-  const float* const sum = static_cast<const float*>(grads.sum) + at;
-  for (int i = lane; i < count; i += 32) {
+  float4* const sum = reinterpret_cast<float4*>(static_cast<float*>(grads.sum) + at);
+  uint4* const result = reinterpret_cast<uint4*>(static_cast<T*>(grads.result) + at);
+#pragma unroll 2
+  for (int i = lane; i < count / 8; i += 32) {
     if (grads.result != nullptr) {
-      static_cast<T*>(grads.result)[at + i] = from_float<T>(grads.begun ? sum[i] : 0.f);
+      const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+      const float4 x = grads.begun ? __ldcs(sum + 2 * i) : zero,
+                   y = grads.begun ? __ldcs(sum + 2 * i + 1) : zero;
+      result[i] = make_uint4(ptx::pack2<T>(x.x, x.y), ptx::pack2<T>(x.z, x.w), ptx::pack2<T>(y.x, y.y),
+                             ptx::pack2<T>(y.z, y.w));
     } else if (!grads.begun) {
-      static_cast<float*>(grads.sum)[at + i] = 0.f;
+      sum[2 * i] = sum[2 * i + 1] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
 }
