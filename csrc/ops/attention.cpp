@@ -77,9 +77,15 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
   if (keep == Keep::kResults) slc.o = o;
   if (!in.q.is_meta()) {
     const AttentionCall call(kForward, shape, config.softmax_scale, in.q, sequences);
-    for (const BranchOutput& branch : {cmp, slc, swa}) fill_padding(branch, call.batch);
-    if (keep == Keep::kAll) fill_padding(o, call.batch, 0);
-    fill_padding(block_indices, call.batch, -1);
+    fill_padding({{cmp.o, 0},
+                  {cmp.lse, kNoLse},
+                  {slc.o, 0},  // perhaps o
+                  {slc.lse, kNoLse},
+                  {swa.o, 0},
+                  {swa.lse, kNoLse},
+                  {o, 0},
+                  {block_indices, -1}},
+                 call.batch);
     if (!call.batch.empty()) {
       const BandedForward compressed(call, in.k_cmp, in.v_cmp, config.compressed(), 0, cmp);
       const SelectForward select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(),
@@ -218,7 +224,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
     const int32_t* end_token = end_on_device(q, call.batch);
-    if (end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
+    if (end_token == nullptr) fill_padding({{d_gate_logits, 0}}, call.batch);
     const Tensor d_o_rows = as_rows(d_o);
     // The branches add to one dQ in turn (QueryGrads), the selected one first.
     Tensor dq_sum;
@@ -245,7 +251,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     branches[2].dq = dq;
     banded_branches_backward(call, {k_cmp, v_cmp, config.compressed(), 0, branches[0]},
                              {k_swa, v_swa, KeyBlocks{}, window_size, branches[2]});
-    fill_padding(dq, call.batch, 0);
+    fill_padding({{dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();
   return {finished_gradient(dq, q),
