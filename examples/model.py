@@ -214,20 +214,6 @@ class Decoder(nn.Module):
         )
 
     @torch.no_grad()
-    def read(self, new_tokens: Sequence[Sequence[int]], cache: nsa_ext.NSACache) -> Tensor:
-        """Appends new tokens to each sequence of the cache; the logits [., vocab] behind the last one of
-        every sequence that got any.
-        """
-        counts = [len(tokens) for tokens in new_tokens]
-        tokens = torch.tensor([t for tokens in new_tokens for t in tokens], device=self.head.weight.device)
-        with cache.append(counts):
-            x = self.embedding(tokens)
-            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                x = layer(x, cache=layer_cache)
-        last = [sum(counts[: b + 1]) - 1 for b, count in enumerate(counts) if count]
-        return self.head(self.norm(x[last]))
-
-    @torch.no_grad()
     def read_again(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The logits [., vocab] behind the last token of every sequence, without a cache."""
         device = self.head.weight.device
@@ -256,10 +242,10 @@ class Decoder(nn.Module):
         """
         prompts = [list(prompt) for prompt in prompts]
         histories: list[list[int]] = [[] for _ in prompts]
-        cache = None
+        reader = None
         if self.config.attention == "nsa":
             longest = max(map(len, prompts), default=0) + count
-            cache = self.new_cache(len(prompts), longest, **cache_options)
+            reader = Reader(self, self.new_cache(len(prompts), longest, **cache_options))
         left = {b: count for b, prompt in enumerate(prompts) if prompt and count > 0}
         unread = prompts
         while left:
@@ -268,8 +254,8 @@ class Decoder(nn.Module):
             for history, part in zip(histories, new, strict=True):
                 history += part
             read = [b for b in range(len(prompts)) if new[b]]
-            logits = self.read(new, cache) if cache else self.read_again([histories[b] for b in read])
-            for b, row in zip(read, logits, strict=True):
+            logits = reader(new) if reader else self.read_again([histories[b] for b in read])
+            for b, row in zip(read, logits.cpu(), strict=True):
                 if unread[b]:  # of a long prompt
                     continue
                 token = choose(b, row)
@@ -281,3 +267,65 @@ class Decoder(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+class Reader:
+    """Reads tokens into a cache. On a GPU, steps of one token a sequence become one CUDA graph: else the host
+    would take longer to issue a step's kernels than the GPU to run them.
+    """
+
+    EAGER_STEPS = 4  # before the graph, which takes longer to make than a step
+
+    def __init__(self, model: Decoder, cache: nsa_ext.NSACache) -> None:
+        self.model, self.cache = model, cache
+        self.device = cache.cache_seqlens.device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+
+    @torch.no_grad()
+    def __call__(self, new_tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Appends new tokens to each sequence of the cache; the logits [., vocab] behind the last one of
+        every sequence that got any.
+        """
+        counts = [len(tokens) for tokens in new_tokens]
+        tokens = self._to_device([t for tokens in new_tokens for t in tokens])
+        with self.cache.append(counts):
+            if max(counts) == 1 and self.device.type == "cuda":
+                if self._eager_steps == self.EAGER_STEPS:
+                    return self._replay(tokens)
+                self._eager_steps += 1
+            x = self._read(tokens)
+        if max(counts) > 1:
+            x = x[self._to_device([sum(counts[: b + 1]) - 1 for b, count in enumerate(counts) if count])]
+        return self.model.head(self.model.norm(x))
+
+    def _to_device(self, numbers: list[int]) -> Tensor:
+        """Without waiting for it."""
+        source = torch.tensor(numbers, dtype=torch.int64)
+        if self.device.type == "cuda":
+            source = source.pin_memory()
+        return source.to(self.device, non_blocking=True)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        x = self.model.embedding(tokens)
+        for layer, layer_cache in zip(self.model.layers, self.cache.layers, strict=True):
+            x = layer(x, cache=layer_cache)
+        return x
+
+    def _replay(self, tokens: Tensor) -> Tensor:
+        """The graph's step. It has a row for every sequence; those behind the tokens are padding."""
+        if self.graph is None:
+            self._tokens = tokens.new_zeros(self.cache.batch_size)
+            self.graph = torch.cuda.CUDAGraph()
+            # Weights that autocast has in 16 bits are gone with its context: the graph makes its own.
+            with torch.cuda.graph(self.graph), without_autocast_cache():
+                self._logits = self.model.head(self.model.norm(self._read(self._tokens)))
+        self._tokens[: len(tokens)] = tokens
+        self.graph.replay()
+        return self._logits[: len(tokens)]
+
+
+def without_autocast_cache() -> torch.autocast:
+    """The autocast that is on or off for CUDA, but that casts weights where they are used."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, enabled, cache_enabled=False)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from data import EOS, VOCAB_SIZE, encode, standard_library_files
 from generate import load_model
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, Reader
 from runtime import autocast
 from sampling import Sampler
 
@@ -56,6 +56,7 @@ class Server:
     ) -> None:
         self.model, self.sampler, self.chunk = model, sampler, chunk
         self.cache = model.new_cache(slots, max_seqlen, page_block_size=page_block_size, num_pages=num_pages)
+        self.read = Reader(model, self.cache)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by slot
         self.steps = 0
@@ -93,7 +94,7 @@ class Server:
             for slot, request in decoding.items():
                 new[slot] = request.tokens[-1:]
         self.steps += 1
-        logits = self.model.read(new, self.cache)
+        logits = self.read(new).cpu()
         given = []
         for slot, row in zip((slot for slot, tokens in enumerate(new) if tokens), logits, strict=True):
             request = self.running[slot]

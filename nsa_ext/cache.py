@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ class NSACache:
         if page_block_size is None:
             if num_pages is not None:
                 raise ValueError(f"num_pages = {num_pages} needs a page_block_size")
-            self.allocator, self.block_table = None, None
+            self.allocator = None
             width, rows, page_rows = 1, batch_size, -(-max_seqlen // stride) * stride
         else:
             if page_block_size < 1 or page_block_size % config.block_size:
@@ -103,10 +105,18 @@ class NSACache:
             width = -(-max_seqlen // page_block_size)
             rows, page_rows = batch_size * width if num_pages is None else num_pages, page_block_size
             self.allocator = PageAllocator(rows)
-            self.block_table = torch.full((batch_size, width), -1, dtype=torch.int32, device=device)
         self._room = width * page_rows  # tokens that a sequence has room for
-        self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.cu_seqlens_q = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
+
+        # What the device knows of a step lies in one tensor, at fixed addresses: it takes one copy.
+        sizes = [batch_size, *[batch_size + 1] * 3, batch_size * width if self.allocator is not None else 0]
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.cache_seqlens, self.cu_seqlens_q, self.cu_seqlens_k, self.cu_seqlens_ring, table = (
+            self._numbers.split(sizes)
+        )
+        self.block_table = None if self.allocator is None else table.fill_(-1).view(batch_size, width)
+        self._table_width = width
+        self._host_table = array("i", [-1]) * sizes[-1]
+        self._changed: set[int] = set()  # sequences whose pages are not those of the tables
 
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.rotary = _rotary(config, max_seqlen, self._room, position_embeddings, dtype, device)
@@ -162,10 +172,9 @@ class NSACache:
                     f"counts[{b}] = {count}: a failed step has overwritten what sequence {b} needs; reset it"
                 )
         self._take_pages(counts)
-        send(self.cache_seqlens, self._lengths)
-        offsets = [sum(counts[:b]) for b in range(self.batch_size + 1)]
-        send(self.cu_seqlens_q, offsets)
-        self.step = CacheStep(self, tuple(counts), self.lengths, tuple(map(tuple, self._tables)))
+        step = CacheStep(self, tuple(counts), self.lengths)
+        self._send(step)
+        self.step = step
         done = False
         try:
             yield self.step
@@ -205,6 +214,7 @@ class NSACache:
         if self.allocator is not None:
             self.allocator.share(self._tables[source])
             self._tables[target] = list(self._tables[source])
+            self._changed.add(target)
         for layer in self.layers:
             for stream in layer.rings if self.allocator is not None else (*layer.rings, *layer.pages):
                 stream[target] = stream[source]
@@ -257,6 +267,8 @@ class NSACache:
             )
         copies = []
         for b, plan in plans.items():
+            if plan:
+                self._changed.add(b)
             for at, page in zip(plan, self.allocator.allocate(len(plan)), strict=True):
                 if at < len(self._tables[b]):
                     copies.append((self._tables[b][at], page))
@@ -269,16 +281,31 @@ class NSACache:
             for layer in self.layers:
                 for stream in layer.pages:
                     stream[new] = stream[old]
-        if self.block_table is not None:
-            width = self.block_table.shape[1]
-            send(self.block_table, [table + [-1] * (width - len(table)) for table in self._tables])
+
+    def _send(self, step: CacheStep) -> None:
+        """Tells the device of a step, without waiting for it."""
+        offsets = (accumulate(counts, initial=0) for counts in (step.counts, step.keys, step.seen))
+        numbers = array("i", [*step.starts, *chain(*offsets)])
+        if self._changed:
+            for b in self._changed:
+                table, width = self._tables[b], self._table_width
+                row = array("i", table) + array("i", [-1]) * (width - len(table))
+                self._host_table[b * width : (b + 1) * width] = row
+            self._changed.clear()
+            numbers += self._host_table
+        source = torch.frombuffer(numbers, dtype=torch.int32)
+        if self._numbers.is_cuda:
+            source = source.pin_memory()
+        self._numbers[: len(source)].copy_(source, non_blocking=True)
 
     def _trim(self, b: int) -> None:
         """Releases the pages behind the last token."""
         if self.allocator is not None:
             keep = -(-self._lengths[b] // self.page_block_size)
-            self.allocator.release(self._tables[b][keep:])
-            del self._tables[b][keep:]
+            if keep < len(self._tables[b]):
+                self.allocator.release(self._tables[b][keep:])
+                del self._tables[b][keep:]
+                self._changed.add(b)
 
     def _per_sequence(self, name: str, values: int | Sequence[int]) -> list[int]:
         values = [values] * self.batch_size if isinstance(values, int) else list(values)
@@ -291,14 +318,6 @@ class NSACache:
             raise ValueError(f"{name} = {sequence}; expected a sequence from 0 to {self.batch_size - 1}")
         if self.step is not None:
             raise ValueError(f"{name} = {sequence}: a step of this cache is in progress")
-
-
-def send(target: Tensor, values: list) -> None:
-    """Copies numbers into a tensor on any device without waiting for it."""
-    source = torch.tensor(values, dtype=target.dtype)
-    if target.is_cuda:
-        source = source.pin_memory()
-    target.copy_(source, non_blocking=True)
 
 
 def _rotary(

@@ -277,7 +277,8 @@ def attention(
     k_cmp ``[S // d, Hkv, Dk]`` and v_cmp come from compress; the pairs of the branches may be the same
     tensor. gate_logits ``[T, Hq, 3]`` for cmp, slc, swa, in q's dtype or float32. Result: o ``[T, Hq,
     Dv]`` and block_indices int32 ``[T, Hkv, n]`` (no gradient flows through the selection). One autograd
-    node; memory is linear in T and S.
+    node; memory is linear in T and S. Without offsets and gradients k_swa and v_swa may be the last T +
+    window_size - 1 or more keys alone.
     """
     seqlens = (cu_seqlens_q, cu_seqlens_k, _rows(q, max_seqlen_q), _rows(k_slc, max_seqlen_k))
     blocks = (compress_block_size, compress_stride, block_size)

@@ -68,6 +68,33 @@ def test_forward_returns_every_branch(case: Case, device: str, dtype: torch.dtyp
 
 
 @by_target
+@by_case("chunk_without_offsets")
+def test_the_window_needs_its_last_keys_alone(case: Case, device: str, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, device)
+    tensors, rest = attention_tensors(x), attention_rest(x)
+    expected = op("attention_forward")(*tensors.values(), *rest)
+    (total,), (num_queries,) = case.lengths, case.query_lengths
+    enough = num_queries + case.window - 1
+    assert enough + 3 < total
+
+    def last(rows: int) -> dict[str, torch.Tensor]:
+        return tensors | {name: tensors[name][total - rows : total] for name in ("k_swa", "v_swa")}
+
+    for rows in (enough, enough + 3):
+        outputs = op("attention_forward")(*last(rows).values(), *rest)
+        assert torch.equal(outputs[1], expected[1])
+        for actual, wanted in zip(outputs, expected, strict=True):  # tiles begin at other keys
+            close = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(actual, wanted, rtol=close, atol=close)
+        o, indices = op("attention")(*last(rows).values(), *rest)
+        assert torch.equal(o, outputs[0]) and torch.equal(indices, outputs[1])
+    with pytest.raises(ValueError, match=f"k_swa has {enough - 1} rows; max_seqlen_k = {total}"):
+        op("attention")(*last(enough - 1).values(), *rest)
+    with pytest.raises(ValueError, match=f"attention_backward: k_swa has {enough} rows"):
+        run(op("attention"), last(enough), rest, GRADIENTS, x.output_like())
+
+
+@by_target
 def test_forward_is_differentiable_through_o_only(device: str, dtype: torch.dtype) -> None:
     x = Inputs(Case("", (150, 70), heads=(4, 2), dims=(64, 64)), dtype, device)
     tensors, rest = attention_tensors(x), attention_rest(x)

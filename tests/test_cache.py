@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_module import BASE, CONFIGS, assert_equal, make
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_ext import NativeSparseAttention, NSACache
 
@@ -178,6 +179,59 @@ def test_padding_rows_and_the_batched_layout(layout):
     assert not output[3:].any() and (info.block_indices[3:] == -1).all()
     assert torch.isneginf(info.lse_cmp[3:]).all()
     fed.finish(9)
+
+
+@by_layout
+@pytest.mark.parametrize("name", ["base", "share_kv"])
+def test_padding_behind_a_long_step(name, layout):
+    module = make(**CONFIGS[name])
+    fed = Fed(module, (90, 70), **layout)
+    padding = torch.full((4, BASE.hidden_size), float("nan")).double()
+    for counts in ([20, 0], [0, 30], [25, 19], [30, 0]):
+        slices = [slice(start, start + n) for start, n in zip(fed.cache.lengths, counts, strict=True)]
+        x = torch.cat([x[s] for x, s in zip(fed.inputs, slices, strict=True)] + [padding])
+        with torch.no_grad(), fed.cache.append(counts):
+            output, info = module(x, cache=fed.cache, return_info=True)
+        expected = torch.cat([e[s] for e, s in zip(fed.expected, slices, strict=True)])
+        assert_equal(output[:-4], expected)
+        assert not output[-4:].any() and (info.block_indices[-4:] == -1).all()
+    fed.finish(1)
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["base", "share_kv"])
+def test_a_chunk_of_one_contiguous_sequence_gathers_nothing(name):
+    fed = Fed(make(**CONFIGS[name]), (150, 61), max_seqlen=150)
+    fed.step([40, 61])
+    with Operations() as operations:
+        fed.step([60, 0], check=False)
+    assert "nsa::attention_forward" in operations.names
+    assert not {name for name in operations.names if "index" in name or "gather" in name}
+
+
+@by_layout
+def test_operations_of_a_step_do_not_grow_with_the_batch(layout):
+    """Neither with its lengths: index tensors are not made sequence by sequence."""
+    numbers = []
+    for batch in (2, 7):
+        fed = Fed(make(), (40 * batch,) * batch, max_seqlen=40 * batch, **layout)
+        fed.step([20 * batch] * batch)
+        x = torch.randn(17 * batch, BASE.hidden_size, dtype=torch.float64)
+        with torch.no_grad(), Operations() as operations, fed.cache.append(17):
+            fed.module(x, cache=fed.cache)
+        numbers.append(len(operations.names))
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("return_info", [False, True])

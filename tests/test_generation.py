@@ -1,5 +1,6 @@
 """Generation with a cache: examples/model.py, generate.py and serve.py against forwards over everything."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import serve
 from generate import stream
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, Reader
 from sampling import Sampler
 
 NSA = {
@@ -93,6 +94,35 @@ def test_generation_under_autocast(device, options):
         for prompt, tokens in zip(PROMPTS, collect(model, 25, **options), strict=True):
             assert len(tokens) == 25
             assert_greedy(model, prompt, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"page_block_size": 64}], ids=["contiguous", "paged"])
+def test_the_graph_reads_what_eager_steps_read(options, precision):
+    model, choose = model_on("cuda"), random.Random(0)
+    if precision == "bfloat16":
+        model = model.bfloat16()
+
+    def context():
+        return torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast")
+
+    with context():
+        readers = [Reader(model, model.new_cache(3, 256, **options)) for _ in range(2)]
+    eager, graphed = readers
+    eager.EAGER_STEPS = 1000
+    for step in range(70):
+        new = [[choose.randrange(VOCAB)] if choose.random() < 0.7 else [] for _ in range(3)]
+        if step in (0, 40):
+            new = [list(range(30)), [5], [7] * 90] if step == 0 else [[], [3] * 50, [1]]
+            for reader in readers:
+                reader.cache.reset([1])
+        if not any(new):
+            continue
+        with context():  # what autocast keeps does not outlive it
+            expected, actual = eager(new).float(), graphed(new).float()
+        assert (actual - expected).abs().max() <= 0.02 * (expected.max() - expected.min()), step
+    assert graphed.graph is not None and eager.graph is None
 
 
 def test_shared_keys():

@@ -193,10 +193,17 @@ struct AttentionFwdParams {
 
 // What no query of a sequence owns: the rows from *end_row on, which lies where the data does.
 struct FillPaddingParams {
-  void* data;  // [num_rows, row_bytes], contiguous
-  int64_t num_rows, row_bytes;
+  struct Rows {
+    void* data;  // [num_rows, row_bytes], contiguous
+    int64_t row_bytes;
+    uint64_t pattern;  // 8 bytes, the element once or repeated
+  };
+  static constexpr int kMaxTensors = 8;
+
+  Rows rows[kMaxTensors];
+  int num_tensors;
+  int64_t num_rows;
   const int32_t* end_row;
-  uint64_t pattern;  // 8 bytes, the element once or repeated
 };
 
 // One pass over dO and the three outputs gives every gate gradient and every delta:

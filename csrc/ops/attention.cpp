@@ -32,8 +32,20 @@ struct Inputs {
   const Tensor &q, &k_cmp, &v_cmp, &k_slc, &v_slc, &k_swa, &v_swa, &gate_logits;
 };
 
+// Without offsets k_swa and v_swa may hold only the last keys, all that a query sees. Backward wants all.
+enum class WindowKeys { kLast, kAll };
+
+void check_window_rows(const Checks& checks, const Inputs& in, const SequenceArgs& sequences, int64_t window,
+                       WindowKeys keys) {
+  const auto rows = in.k_swa.sym_size(0).maybe_as_int(), tokens = in.q.sym_size(0).maybe_as_int();
+  const auto max_seqlen_k = sequences.max_seqlen_k.maybe_as_int();
+  const bool are_last = keys == WindowKeys::kLast && !sequences.cu_seqlens_k.has_value() && rows && tokens &&
+                        max_seqlen_k && *rows < *max_seqlen_k && *rows >= *tokens + window - 1;
+  if (!are_last) checks.key_rows({"k_swa", in.k_swa}, sequences, KeyBlocks{});
+}
+
 AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs& sequences,
-                     const Config& config) {
+                     const Config& config, WindowKeys window_keys) {
   checks.compression("compress_block_size", config.compress_block_size, "compress_stride",
                      config.compress_stride);
   checks.selection_block(config.block_size, config.compress_stride);
@@ -55,7 +67,7 @@ AttentionShape check(const Checks& checks, const Inputs& in, const SequenceArgs&
   checks.sequences(in.q, sequences);
   checks.key_rows({"k_cmp", in.k_cmp}, sequences, config.compressed());
   checks.key_rows({"k_slc", in.k_slc}, sequences, KeyBlocks{});
-  checks.key_rows({"k_swa", in.k_swa}, sequences, KeyBlocks{});
+  check_window_rows(checks, in, sequences, config.window_size, window_keys);
   return shape;
 }
 
@@ -69,7 +81,7 @@ const int32_t* end_on_device(const Tensor& q, const Batch& batch) {
 enum class Keep { kAll, kResults };
 
 Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& config, Keep keep) {
-  const AttentionShape shape = check(Checks(kForward, kSupportRow), in, sequences, config);
+  const AttentionShape shape = check(Checks(kForward, kSupportRow), in, sequences, config, WindowKeys::kLast);
   const BranchOutput cmp = empty_output(in.q, shape), swa = empty_output(in.q, shape);
   BranchOutput slc = empty_output(in.q, shape, keep == Keep::kAll);
   const Tensor block_indices = empty_block_indices(in.q, shape, config.num_selected_blocks);
@@ -77,15 +89,25 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
   if (keep == Keep::kResults) slc.o = o;
   if (!in.q.is_meta()) {
     const AttentionCall call(kForward, shape, config.softmax_scale, in.q, sequences);
-    for (const BranchOutput& branch : {cmp, slc, swa}) fill_padding(branch, call.batch);
-    if (keep == Keep::kAll) fill_padding(o, call.batch, 0);
-    fill_padding(block_indices, call.batch, -1);
+    fill_padding({{cmp.o, 0},
+                  {cmp.lse, kNoLse},
+                  {slc.o, 0},  // perhaps o
+                  {slc.lse, kNoLse},
+                  {swa.o, 0},
+                  {swa.lse, kNoLse},
+                  {o, 0},
+                  {block_indices, -1}},
+                 call.batch);
     if (!call.batch.empty()) {
       const BandedForward compressed(call, in.k_cmp, in.v_cmp, config.compressed(), 0, cmp);
       const SelectForward select(call, in.k_cmp, cmp.lse, config.compressed(), config.selection(),
                                  block_indices);
       const SelectedForward selected(call, in.k_slc, in.v_slc, block_indices, config.block_size, slc);
-      const BandedForward window(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
+      BandedForward window(call, in.k_swa, in.v_swa, KeyBlocks{}, config.window_size, swa);
+      if (!sequences.cu_seqlens_k.has_value()) {  // queries stand at the end of the keys that there are
+        int64_t& keys = window.params.seqs.max_seqlen_k;
+        keys = min64(keys, in.k_swa.size(0));
+      }
       const CombineForward combine({cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o,
                                    end_on_device(in.q, call.batch));
       launch(kForward, in.q.device(),
@@ -191,8 +213,8 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
   const Config config{compress_block_size, compress_stride,  block_size,  num_selected_blocks,
                       num_initial_blocks,  num_local_blocks, window_size, softmax_scale};
   const Checks checks(kBackward, kSupportRow);
-  const AttentionShape shape =
-      check(checks, {q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits}, sequences, config);
+  const AttentionShape shape = check(checks, {q, k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa, gate_logits},
+                                     sequences, config, WindowKeys::kAll);
   checks.like_output({"d_o", d_o}, q, shape.head_dim_v);
   checks.like_output({"o_cmp", o_cmp}, q, shape.head_dim_v);
   checks.like_output({"o_slc", o_slc}, q, shape.head_dim_v);
@@ -218,7 +240,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
     const int32_t* end_token = end_on_device(q, call.batch);
-    if (end_token == nullptr) fill_padding(d_gate_logits, call.batch, 0);
+    if (end_token == nullptr) fill_padding({{d_gate_logits, 0}}, call.batch);
     const Tensor d_o_rows = as_rows(d_o);
     // The branches add to one dQ in turn (QueryGrads), the selected one first.
     Tensor dq_sum;
@@ -245,7 +267,7 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     branches[2].dq = dq;
     banded_branches_backward(call, {k_cmp, v_cmp, config.compressed(), 0, branches[0]},
                              {k_swa, v_swa, KeyBlocks{}, window_size, branches[2]});
-    fill_padding(dq, call.batch, 0);
+    fill_padding({{dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();
   return {finished_gradient(dq, q),

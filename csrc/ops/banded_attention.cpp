@@ -147,7 +147,7 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
     banded_backward(call, {k, v, band.keys, band.window, grads});
-    fill_padding(grads.dq, call.batch, 0);
+    fill_padding({{grads.dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();
   return {finished_gradient(grads.dq, q), key_grads[0], key_grads[1]};

@@ -57,7 +57,7 @@ SelectForward::SelectForward(const AttentionCall& call, const at::Tensor& k_cmp,
 
 void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
             const Selection& selection, const at::Tensor& block_indices) {
-  fill_padding(block_indices, call.batch, -1);
+  fill_padding({{block_indices, -1}}, call.batch);
   if (call.batch.empty()) return;
   launch(call.op, k_cmp.device(), SelectForward(call, k_cmp, lse, keys, selection, block_indices).params);
 }
@@ -79,7 +79,7 @@ Tensor block_scores(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, con
   if (q.is_meta()) return scores;
   const AttentionCall call(kOp, shape, softmax_scale, q, sequences);
   if (scores.is_cpu()) {
-    fill_padding(scores, call.batch, 0);
+    fill_padding({{scores, 0}}, call.batch);
   } else {
     scores.zero_();  // kernels write the candidates alone
   }

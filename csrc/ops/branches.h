@@ -46,9 +46,10 @@ inline BranchOutput empty_output(const at::Tensor& q, const AttentionShape& shap
       at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(acc_dtype(q.scalar_type())))};
 }
 
+constexpr double kNoLse = -std::numeric_limits<double>::infinity();  // of a query that sees no key
+
 inline void fill_padding(const BranchOutput& out, const Batch& batch) {
-  fill_padding(out.o, batch, 0);
-  fill_padding(out.lse, batch, -std::numeric_limits<double>::infinity());
+  fill_padding({{out.o, 0}, {out.lse, kNoLse}}, batch);
 }
 
 inline at::Tensor empty_block_indices(const at::Tensor& q, const AttentionShape& shape,

@@ -31,15 +31,19 @@ uint64_t pattern_of(at::ScalarType dtype, double value) {
 
 }  // namespace
 
-void fill_padding(const at::Tensor& t, const Batch& batch, double value) {
-  if (!t.defined() || batch.seqs.cu_seqlens_q == nullptr) return;
+void fill_padding(std::initializer_list<Padded> tensors, const Batch& batch) {
+  if (batch.seqs.cu_seqlens_q == nullptr) return;
   FillPaddingParams params{};
-  params.data = t.mutable_data_ptr();
-  params.num_rows = t.size(0);
-  params.row_bytes = params.num_rows == 0 ? 0 : static_cast<int64_t>(t.nbytes()) / params.num_rows;
+  params.num_rows = batch.seqs.total_q;
   params.end_row = batch.seqs.cu_seqlens_q + batch.seqs.batch;
-  params.pattern = pattern_of(t.scalar_type(), value);
-  if (params.row_bytes != 0) launch("fill_padding", t.device(), params);
+  for (const auto& [tensor, value] : tensors) {
+    if (!tensor.defined() || tensor.numel() == 0) continue;
+    TORCH_INTERNAL_ASSERT(params.num_tensors < FillPaddingParams::kMaxTensors);
+    params.rows[params.num_tensors++] = {tensor.mutable_data_ptr(),
+                                         static_cast<int64_t>(tensor.nbytes()) / params.num_rows,
+                                         pattern_of(tensor.scalar_type(), value)};
+  }
+  if (params.num_tensors != 0) launch("fill_padding", batch.cu_seqlens_q.device(), params);
 }
 
 }  // namespace nsa::ops

@@ -145,7 +145,7 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
     selected_backward(call, k, v, block_indices, block_size, grads);
-    fill_padding(grads.dq, call.batch, 0);
+    fill_padding({{grads.dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();
   return {finished_gradient(grads.dq, q), key_grads[0], key_grads[1]};

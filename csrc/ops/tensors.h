@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "nsa/params.h"
@@ -102,7 +103,11 @@ inline Batch make_batch(const at::Tensor& q, const SequenceArgs& args) {
 }
 
 // Gives the rows behind the last sequence, which attention kernels need not write, the value that the
-// specification wants there. t: a row for each of q, contiguous, or undefined.
-void fill_padding(const at::Tensor& t, const Batch& batch, double value);
+// specification wants there. tensors: a row for each of q, contiguous, or undefined.
+struct Padded {
+  const at::Tensor& tensor;
+  double value;
+};
+void fill_padding(std::initializer_list<Padded> tensors, const Batch& batch);
 
 }  // namespace nsa::ops

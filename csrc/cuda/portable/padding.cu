@@ -9,30 +9,40 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1024;
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    fill_padding_portable(Word* data, int64_t num_rows, int64_t row_words, const int32_t* end_row,
-                          Word word) {
-  const int64_t end = num_rows * row_words;
-  int64_t i = min64(max64(*end_row, 0), num_rows) * row_words + int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  for (; i < end; i += int64_t{gridDim.x} * kThreads) data[i] = word;
+__device__ void fill(const FillPaddingParams::Rows& rows, int64_t first_row, int64_t num_rows, Word word) {
+  const int64_t row_words = rows.row_bytes / static_cast<int64_t>(sizeof(Word));
+  Word* const data = static_cast<Word*>(rows.data);
+  for (int64_t i = first_row * row_words + int64_t{blockIdx.x} * kThreads + threadIdx.x;
+       i < num_rows * row_words; i += int64_t{gridDim.x} * kThreads)
+    data[i] = word;
 }
 
-template <typename Word>
-Status fill(const FillPaddingParams& p, Word word, const Stream& stream) {
-  const int64_t row_words = p.row_bytes / static_cast<int64_t>(sizeof(Word));
-  const int64_t blocks = min64(kMaxBlocks, ceil_div(p.num_rows * row_words, kThreads));
-  return launch("fill_padding_portable", fill_padding_portable<Word>, dim3(static_cast<unsigned>(blocks)),
-                kThreads, 0, stream, static_cast<Word*>(p.data), p.num_rows, row_words, p.end_row, word);
+// A tensor for each blockIdx.y.
+__global__ void __launch_bounds__(kThreads) fill_padding_portable(const FillPaddingParams p) {
+  const int64_t first_row = min64(max64(*p.end_row, 0), p.num_rows);
+  const FillPaddingParams::Rows& rows = p.rows[blockIdx.y];
+  const auto low = static_cast<unsigned>(rows.pattern), high = static_cast<unsigned>(rows.pattern >> 32);
+  if (rows.row_bytes % 16 == 0) {
+    fill(rows, first_row, p.num_rows, make_uint4(low, high, low, high));
+  } else {
+    fill(rows, first_row, p.num_rows, low);
+  }
 }
 
 }  // namespace
 
 Status fill_padding(const FillPaddingParams& p, const Stream& stream) {
-  const auto low = static_cast<unsigned>(p.pattern), high = static_cast<unsigned>(p.pattern >> 32);
-  if (p.row_bytes % 16 == 0) return fill(p, make_uint4(low, high, low, high), stream);
-  if (p.row_bytes % 4 == 0 && low == high) return fill(p, low, stream);
-  return Status::error(StatusCode::kUnsupported, "rows of %lld bytes have no CUDA kernel",
-                       static_cast<long long>(p.row_bytes));
+  int64_t most = 0;
+  for (int t = 0; t < p.num_tensors; ++t) {
+    const FillPaddingParams::Rows& rows = p.rows[t];
+    if (rows.row_bytes % 4 != 0 || (rows.row_bytes % 16 != 0 && rows.pattern >> 32 != (rows.pattern & ~0u)))
+      return Status::error(StatusCode::kUnsupported, "rows of %lld bytes have no CUDA kernel",
+                           static_cast<long long>(rows.row_bytes));
+    most = max64(most, p.num_rows * rows.row_bytes / (rows.row_bytes % 16 == 0 ? 16 : 4));
+  }
+  const dim3 grid(static_cast<unsigned>(min64(kMaxBlocks, ceil_div(most, kThreads))),
+                  static_cast<unsigned>(p.num_tensors));
+  return launch("fill_padding_portable", fill_padding_portable, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace nsa::cuda::portable
