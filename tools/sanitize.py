@@ -166,8 +166,8 @@ RACES = (
             # kFull, kEmpty of dK and dV: what a step's rows need beside their data.
             ("produce", "probabilities"),
             ("produce", "gradients"),
-            # kFullQ, kEmptyQ of dQ: the same of a tile's rows.
-            ("produce", "read_rows"),
+            # kFullWalk, kEmptyWalk of dQ: the same of an item's rows.
+            ("produce_rows", "read_rows"),
         ),
     ),
     Races("compress_fwd_sm90", "phi equals the naive loops"),
