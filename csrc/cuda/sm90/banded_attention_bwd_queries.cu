@@ -386,6 +386,21 @@ struct WalkMask {
   }
 };
 
+// Arrives behind load_fragments, for the warp. An arrival does not wait for the ldmatrix in front of it, and
+// TMA, which then brings the next item's rows, is another proxy: so the address depends on what came of every
+// load. Lane 0, which arrives, adds nothing to it.
+template <int kQ, int kO>
+__device__ __forceinline__ void release_rows(uint32_t barrier, const uint32_t (&q)[kQ][4],
+                                             const uint32_t (&d_o)[kO][4], int lane) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kQ; ++i) bits ^= q[i][3];
+#pragma unroll
+  for (int i = 0; i < kO; ++i) bits ^= d_o[i][3];
+  __syncwarp();  // all lanes have read
+  ptx::barrier_arrive_if(barrier + (bits & lane), lane == 0);
+}
+
 template <typename T, int kDimQK, int kDimV>
 __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t base,
                                         const unsigned char* shared, const int consumer) {
@@ -411,8 +426,7 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
     if constexpr (Layout::kRowsInRegisters) {
       load_fragments<kDimQK>(q_fragments, q, threadIdx.x / 32 % 4, lane);
       load_fragments<kDimV>(d_o_fragments, d_o, threadIdx.x / 32 % 4, lane);
-      __syncwarp();  // all lanes have read
-      ptx::barrier_arrive_if(base + Layout::kEmptyRows + 8 * consumer, lane == 0);
+      release_rows(base + Layout::kEmptyRows + 8 * consumer, q_fragments, d_o_fragments, lane);
     }
     float dq[kDimQK / 2];
 #pragma unroll
