@@ -53,6 +53,7 @@ __device__ __forceinline__ void claim_registers() {
 #define NSA_ACC_96(i) NSA_ACC_64(i), NSA_ACC_32(i + 64)
 #define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
 #define NSA_ACC_128(i) NSA_ACC_64(i), NSA_ACC_64(i + 64)
+#define NSA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NSA_REGISTERS_16             \
   "%0, %1, %2, %3, %4, %5, %6, %7, " \
   "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -218,12 +219,14 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const uint32_t (&a)[4],
                                                      uint64_t b_desc, bool accumulate) {
-  static_assert(kN == 64 || kN == 128);
+  static_assert(kN == 16 || kN == 64 || kN == 128);
   if constexpr (kIsHalf<T>) {
+    if constexpr (kN == 16) NSA_WGMMA_REGISTERS(16, 8, "f16", "0", "%8", "%9", "%10", "%11", "%12", "%13");
     if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "0", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128)
       NSA_WGMMA_REGISTERS(128, 64, "f16", "0", "%64", "%65", "%66", "%67", "%68", "%69");
   } else {
+    if constexpr (kN == 16) NSA_WGMMA_REGISTERS(16, 8, "bf16", "0", "%8", "%9", "%10", "%11", "%12", "%13");
     if constexpr (kN == 64)
       NSA_WGMMA_REGISTERS(64, 32, "bf16", "0", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128)
@@ -235,6 +238,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const
 #undef NSA_WGMMA_NATURAL
 #undef NSA_WGMMA_TRANSPOSED
 #undef NSA_WGMMA_REGISTERS
+#undef NSA_REGISTERS_8
 #undef NSA_REGISTERS_16
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_64

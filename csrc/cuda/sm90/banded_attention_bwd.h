@@ -117,23 +117,23 @@ __device__ __forceinline__ void load_fragments(uint32_t (&a)[kDim / 16][4], uint
     ptx::load_matrices(a[i], tile + swizzled_offset(kWarpgroupRows, row, 2 * i + (lane >> 4)));
 }
 
-// acc = A . B^T over kDim, A in registers, B a tile of kN rows.
-template <typename T, int kDim, int kN>
+// acc = A . B^T over kDim, A in registers, B the first kN rows of a tile of kRows.
+template <typename T, int kDim, int kN, int kRows = kN>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kN / 2], const uint32_t (&a)[kDim / 16][4],
                                               uint32_t b) {
 #pragma unroll
   for (int d = 0; d < kDim; d += 16)
-    ptx::wgmma_registers_rows<T, kN>(acc, a[d / 16], k_major_descriptor(b, kN, d), d > 0);
+    ptx::wgmma_registers_rows<T, kN>(acc, a[d / 16], k_major_descriptor(b, kRows, d), d > 0);
   ptx::wgmma_commit();
 }
 
-// acc += A . B, A in registers, B a tile of kK rows and kDim columns.
-template <typename T, int kDim, int kK>
+// acc += A . B, A in registers, B the first kK rows of a tile of kRows and kDim columns.
+template <typename T, int kDim, int kK, int kRows = kK>
 __device__ __forceinline__ void multiply_fragments(float (&acc)[kDim / 2], const uint32_t (&a)[kK / 16][4],
                                                    uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kK; k += 16)
-    ptx::wgmma_registers<T, kDim>(acc, a[k / 16], mn_major_descriptor(b, kK, k), true);
+    ptx::wgmma_registers<T, kDim>(acc, a[k / 16], mn_major_descriptor(b, kRows, k), true);
   ptx::wgmma_commit();
 }
 

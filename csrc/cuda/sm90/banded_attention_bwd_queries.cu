@@ -67,6 +67,9 @@ template <int kDimQK, int kDimV>
 struct QueriesLayout : BandedBwdConfig<kDimQK, kDimV> {
   using Config = BandedBwdConfig<kDimQK, kDimV>;
   static constexpr int kKeys = Config::kWalkedKeys, kStages = Config::kKeyStages;
+  // The last tile of a walk is multiplied as one of so many keys where it has no more: 8 tokens see 519 keys
+  // of a window of 512.
+  static constexpr int kFewKeys = Config::kRowsInRegisters ? 16 : kKeys;
   static constexpr int kFullK = 0;
   static constexpr int kEmptyK = kFullK + 8 * kStages;
   static constexpr int kFullV = kEmptyK + 8 * kStages;
@@ -448,29 +451,29 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
       __syncwarp();  // all lanes have read before lane 0 says so
       ptx::barrier_arrive_if(base + Layout::kEmptyWalk + 8 * (count % Layout::kStatSlots), lane == 0);
 
-      const auto run_tile = [&](int begin) {
-        uint32_t ds[kKeys / 16][4];
+      const auto run_tile = [&]<int kWidth>(int begin) {
+        uint32_t ds[kWidth / 16][4];
         const uint32_t k = base + Layout::kK + ring.slot * Layout::kBytesK,
                        v = base + Layout::kV + ring.slot * Layout::kBytesV;
-        float s[kKeys / 2], dp[kKeys / 2];
+        float s[kWidth / 2], dp[kWidth / 2];
         ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
         ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
         ptx::wgmma_fence();
         if constexpr (Layout::kRowsInRegisters) {
-          multiply_rows<T, kDimQK, kKeys>(s, q_fragments, k);
+          multiply_rows<T, kDimQK, kWidth, kKeys>(s, q_fragments, k);
         } else {
           multiply_rows<T, kDimQK, kKeys>(s, q, kWarpgroupRows, k);
         }
-        const bool whole = mask.whole(begin, begin + kKeys);
+        const bool whole = mask.whole(begin, begin + kWidth);
         if constexpr (Layout::kRowsInRegisters) {
-          multiply_rows<T, kDimV, kKeys>(dp, d_o_fragments, v);
+          multiply_rows<T, kDimV, kWidth, kKeys>(dp, d_o_fragments, v);
         } else {
           multiply_rows<T, kDimV, kKeys>(dp, d_o, kWarpgroupRows, v);
         }
         ptx::wgmma_wait<1>();
         ptx::pin_registers(s);
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i)
+        for (int i = 0; i < kWidth / 2; ++i)
           s[i] = ptx::exp2_approx(fmaf(s[i], p.scale_log2, -rows.lse[i / 2 % 2]));
         ptx::pin_registers(s);  // while dP is multiplied, not behind it
         ptx::wgmma_wait<0>();
@@ -481,7 +484,7 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
                                  lane == 0 && walk.last && begin + kKeys >= walk.hi);
         if (whole) {
 #pragma unroll
-          for (int i = 0; i < kKeys / 2; i += 2) {
+          for (int i = 0; i < kWidth / 2; i += 2) {
             const int h = i / 2 % 2;
             ds[i / 8][i / 2 % 4] =
                 ptx::pack2<T>(s[i] * (dp[i] - rows.delta[h]), s[i + 1] * (dp[i + 1] - rows.delta[h]));
@@ -493,7 +496,7 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
 #pragma unroll
           for (int h = 0; h < 2; ++h) position[h] = mask.position(row0 + 8 * h);
 #pragma unroll
-          for (int i = 0; i < kKeys / 2; i += 2) {
+          for (int i = 0; i < kWidth / 2; i += 2) {
             const int h = i / 2 % 2;
             const int key = begin + i / 4 * 8 + (lane & 3) * 2;
             float x = s[i] * (dp[i] - rows.delta[h]), y = s[i + 1] * (dp[i + 1] - rows.delta[h]);
@@ -504,7 +507,7 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
           }
         }
         ptx::wgmma_fence();
-        multiply_fragments<T, kDimQK, kKeys>(dq, ds, k);
+        multiply_fragments<T, kDimQK, kWidth, kKeys>(dq, ds, k);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(dq);
         ptx::barrier_arrive_if(base + Layout::kEmptyK + 8 * ring.slot, lane == 0);
@@ -514,7 +517,13 @@ __device__ __forceinline__ void consume(const QueriesParams& p, const uint32_t b
       int begin = walk.lo;
       const int end = walk.hi;
 #pragma unroll 1
-      for (; begin < end; begin += kKeys) run_tile(begin);
+      for (; begin < end; begin += kKeys) {
+        if (Layout::kFewKeys < kKeys && end - begin <= Layout::kFewKeys) {
+          run_tile.template operator()<Layout::kFewKeys>(begin);
+        } else {
+          run_tile.template operator()<kKeys>(begin);
+        }
+      }
     };
     while (true) {
       const volatile Walk& walk = wait_for_walk();
