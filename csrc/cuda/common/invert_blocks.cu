@@ -297,15 +297,22 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
   }
 }
 
-// A thread block takes a share (blockIdx.y) of the sums of every gridDim.x-th split list.
+// A thread block takes shares of the sums of split lists, one share after another; what describes the next is
+// on its way meanwhile.
 constexpr int kAddThreads = 256, kAddShares = 16, kAddGroup = 8;
-__global__ void __launch_bounds__(kAddThreads)
+constexpr int kAddPerMultiprocessor = 4;  // with more, registers would not hold a group
+__global__ void __launch_bounds__(kAddThreads, kAddPerMultiprocessor)
     selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* splits,
                         const int* num_splits, const int key_tile, const float* partials) {
   const int dim_qk = p.shape.head_dim_qk, dims = dim_qk + p.shape.head_dim_v, columns = dims / 4;
-  for (int i = blockIdx.x; i < *num_splits; i += gridDim.x) {
-    const WorkItem item = items[splits[i]];
-    for (int e = blockIdx.y * kAddThreads + threadIdx.x; e < item.num_keys * columns;
+  const int shares = *num_splits * kAddShares;
+  if (static_cast<int>(blockIdx.x) >= shares) return;
+  WorkItem item = items[splits[blockIdx.x / kAddShares]];
+#pragma unroll 1
+  for (int share = blockIdx.x; share < shares; share += gridDim.x) {
+    const int following = share + gridDim.x;
+    const WorkItem next_item = items[splits[(following < shares ? following : share) / kAddShares]];
+    for (int e = share % kAddShares * kAddThreads + threadIdx.x; e < item.num_keys * columns;
          e += kAddShares * kAddThreads) {
       const int key = e / columns, column = (e - key * columns) * 4;
       const bool is_k = column < dim_qk;
@@ -334,6 +341,7 @@ __global__ void __launch_bounds__(kAddThreads)
       }
       *at = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
     }
+    item = next_item;
   }
 }
 
@@ -417,9 +425,9 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
 
 Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
                     int64_t chunk, const float* partials, const Stream& stream) {
-  constexpr unsigned kGrid = 264;
-  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid, kAddShares), kAddThreads, 0, stream,
-                p, lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
+  constexpr unsigned kGrid = 132 * kAddPerMultiprocessor;
+  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid), kAddThreads, 0, stream, p,
+                lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
                 lists.num_splits + chunk, plan.key_tile, partials);
 }
 
