@@ -17,6 +17,8 @@ constexpr int kSortThreads = 1024;
 constexpr int kRange = 1024;  // blocks, likewise
 constexpr int kMaxCounts = 512;
 constexpr int kScanThreads = 1024;
+constexpr int kStretchEntries = 128, kStretchTokens = 1024;
+constexpr int kUsualItemTokens = 256, kManyLists = 8;
 
 struct Inversion {
   SequenceBatch seqs;
@@ -195,22 +197,26 @@ __device__ void find_keys(const Inversion& x, int64_t block, WorkItem* item) {
 struct ChunkList {
   const Inversion& x;
   int64_t begin, end;  // of the chunk, in counts
-  int head, block;
+  int head, tile;      // of the head's keys
 
+  __device__ int block() const { return tile / x.plan.parts; }
   // The list's entries of the rows before stretch s of the chunk, counted over all chunks.
   __device__ int before(int s) const {
     const int64_t stretch_counts = x.plan.stretch_tokens / x.plan.count_tokens;
-    return x.lists.starts[x.start(head, min64(begin + s * stretch_counts, end), block)];
+    return x.lists.starts[x.start(head, min64(begin + s * stretch_counts, end), block())];
   }
-  __device__ int pieces(int length) const {
-    if (length == 0) return 0;
-    return length < 2 * x.plan.split ? 1 : length / x.plan.split;
+  __device__ int pieces(int s, int length) const {
+    const int tiles = static_cast<int>(x.plan.num_blocks) * x.plan.parts;
+    const int left = ((x.num_heads_kv - head) * x.plan.stretches - s) * tiles - tile;
+    const int most = x.plan.most_tokens(left);
+    return (length + most - 1) / most;
   }
-  __device__ int pieces_before(int s) const {
-    int sum = 0;
-    for (int i = 0, from = before(0); i < s; ++i) {
-      const int to = before(i + 1);
-      sum += pieces(to - from);
+  __device__ int pieces() const {
+    int sum = 0, from = before(0);
+#pragma unroll 4
+    for (int s = 0; s < x.plan.stretches; ++s) {
+      const int to = before(s + 1);
+      sum += pieces(s, to - from);
       from = to;
     }
     return sum;
@@ -225,44 +231,48 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
   const int tiles = static_cast<int>(plan.num_blocks) * plan.parts;  // of a head's keys
   const int candidates = x.num_heads_kv * tiles;
   WorkItem* items = x.lists.items + chunk * plan.max_items;
-  int* partials = x.lists.first_partials + chunk * candidates;  // of a list; -1: it is one item
-  const auto list_of = [&](int i, int head) {
-    return ChunkList{x, begin, end, head, i % tiles / plan.parts};
-  };
+  const int all = candidates * plan.stretches;
+  int* partials = x.lists.first_partials + chunk * all;
   int num_partials[1] = {0};
   for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < candidates; i += kScanThreads) {
-    int place[1] = {0};
-    bool is_split = false;
-    if (i < candidates) {
-      const int pieces = list_of(i, i / tiles).pieces_before(plan.stretches);
-      is_split = pieces > 1;
-      place[0] = is_split ? pieces : 0;
-    }
+    const int head = i / tiles;
+    const ChunkList list{x, begin, end, head, i % tiles};
+    const int total = i < candidates ? list.pieces() : 0;
+    int place[1] = {total > 1 ? total : 0};
     block_scan(place, num_partials);
-    if (i < candidates) partials[i] = is_split ? place[0] : -1;
+    if (i >= candidates) continue;
+    int from = list.before(0);
+    bool leads = true;
+#pragma unroll 4
+    for (int s = 0; s < plan.stretches; ++s) {
+      const int to = list.before(s + 1), pieces = list.pieces(s, to - from);
+      partials[(head * plan.stretches + s) * tiles + list.tile] =
+          total > 1 ? 2 * place[0] + static_cast<int>(leads) : -1;
+      place[0] += pieces;
+      leads = leads && pieces == 0;
+      from = to;
+    }
   }
   __syncthreads();
   int total[2] = {0, 0};  // items, split lists
-  const int all = candidates * plan.stretches;
   for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < all; i += kScanThreads) {
     WorkItem item{};
-    int length = 0, pieces = 0, first_piece = 0, partial = -1;
+    int length = 0, pieces = 0, partial = -1;
     bool leads = false;
     if (i < all) {
       const int head = i / (tiles * plan.stretches), stretch = i / tiles % plan.stretches;
-      const ChunkList list = list_of(i, head);
+      const ChunkList list{x, begin, end, head, i % tiles};
       item.head = static_cast<int16_t>(head);
       item.part = static_cast<int16_t>(i % plan.parts);
       const int from = list.before(stretch);
       length = list.before(stretch + 1) - from;
-      item.first = x.lists.bases[head * plan.num_blocks + list.block] + from;
-      if (length > 0) find_keys(x, list.block, &item);
+      item.first = x.lists.bases[head * plan.num_blocks + list.block()] + from;
+      if (length > 0) find_keys(x, list.block(), &item);
       if (item.num_keys > 0) {
-        pieces = list.pieces(length);
-        partial = partials[head * tiles + i % tiles];
-        if (partial >= 0) first_piece = list.pieces_before(stretch);
-        leads = partial >= 0 && first_piece == 0;
-        if (leads) item.followers = list.pieces_before(plan.stretches) - 1;
+        pieces = list.pieces(stretch, length);
+        partial = partials[i];
+        leads = partial >= 0 && pieces > 0 && partial % 2 == 1;
+        if (leads) item.followers = list.pieces() - 1;
       }
     }
     int place[2] = {pieces, leads ? 1 : 0};
@@ -270,10 +280,11 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
     if (leads) x.lists.splits[chunk * plan.max_splits + place[1]] = place[0];
     const int first = item.first;
     for (int piece = 0, from = 0; piece < pieces; ++piece) {
-      const int to = static_cast<int>(static_cast<uint32_t>(length) * (piece + 1) / pieces);
+      const int even = static_cast<int>(static_cast<uint32_t>(length) * (piece + 1) / pieces);
+      const int to = piece + 1 == pieces ? length : (even + kItemAlign / 2) / kItemAlign * kItemAlign;
       item.first = first + from;
       item.count = to - from;
-      item.partial = partial < 0 ? -1 : partial + first_piece + piece;
+      item.partial = partial < 0 ? -1 : partial / 2 + piece;
       from = to;
       items[place[0] + piece] = item;
       item.followers = 0;
@@ -286,34 +297,51 @@ __global__ void __launch_bounds__(kScanThreads) selected_blocks_items(const Inve
   }
 }
 
-// A thread block takes a share (blockIdx.y) of the sums of every gridDim.x-th split list.
-constexpr int kAddThreads = 256, kAddShares = 16;
-__global__ void __launch_bounds__(kAddThreads)
+// A thread block takes shares of the sums of split lists, one share after another; what describes the next is
+// on its way meanwhile.
+constexpr int kAddThreads = 256, kAddShares = 16, kAddGroup = 8;
+constexpr int kAddPerMultiprocessor = 4;  // with more, registers would not hold a group
+__global__ void __launch_bounds__(kAddThreads, kAddPerMultiprocessor)
     selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* splits,
                         const int* num_splits, const int key_tile, const float* partials) {
   const int dim_qk = p.shape.head_dim_qk, dims = dim_qk + p.shape.head_dim_v, columns = dims / 4;
-  for (int i = blockIdx.x; i < *num_splits; i += gridDim.x) {
-    const WorkItem item = items[splits[i]];
-    for (int e = blockIdx.y * kAddThreads + threadIdx.x; e < item.num_keys * columns;
+  const int shares = *num_splits * kAddShares;
+  if (static_cast<int>(blockIdx.x) >= shares) return;
+  WorkItem item = items[splits[blockIdx.x / kAddShares]];
+#pragma unroll 1
+  for (int share = blockIdx.x; share < shares; share += gridDim.x) {
+    const int following = share + gridDim.x;
+    const WorkItem next_item = items[splits[(following < shares ? following : share) / kAddShares]];
+    for (int e = share % kAddShares * kAddThreads + threadIdx.x; e < item.num_keys * columns;
          e += kAddShares * kAddThreads) {
       const int key = e / columns, column = (e - key * columns) * 4;
       const bool is_k = column < dim_qk;
       float* gradient = static_cast<float*>(is_k ? p.grads.dk : p.grads.dv);
       if (gradient == nullptr) continue;
-      const float* partial = partials + (int64_t{item.partial} * key_tile + key) * dims + column;
-      float4 sum = *reinterpret_cast<const float4*>(partial);
-#pragma unroll 8
-      for (int piece = 1; piece <= item.followers; ++piece) {
-        partial += int64_t{key_tile} * dims;
-        const float4 next = *reinterpret_cast<const float4*>(partial);
-        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
-      }
       const int64_t row = (int64_t{item.key_row} + key) * p.shape.num_heads_kv + item.head;
       float4* at = reinterpret_cast<float4*>(
           gradient + (is_k ? row * dim_qk + column : row * p.shape.head_dim_v + column - dim_qk));
       const float4 old = *at;
+      const float* partial = partials + (int64_t{item.partial} * key_tile + key) * dims + column;
+      float4 sum{};
+      // All of a group under way before the first is added, those of the last group too.
+#pragma unroll 1
+      for (int piece = 0; piece <= item.followers; piece += kAddGroup) {
+        float4 next[kAddGroup];
+#pragma unroll
+        for (int k = 0; k < kAddGroup; ++k) {
+          next[k] = piece + k <= item.followers
+                        ? __ldcs(reinterpret_cast<const float4*>(partial + int64_t{k} * key_tile * dims))
+                        : float4{};
+        }
+#pragma unroll
+        for (int k = 0; k < kAddGroup; ++k)
+          sum.x += next[k].x, sum.y += next[k].y, sum.z += next[k].z, sum.w += next[k].w;
+        partial += int64_t{kAddGroup} * key_tile * dims;
+      }
       *at = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
     }
+    item = next_item;
   }
 }
 
@@ -333,16 +361,29 @@ InvertPlan::InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int mo
   num_blocks = max64(1, num_blocks);
   num_counts = ceil_div(rows, count_tokens);
   num_chunks = ceil_div(rows, chunk_tokens);
-  const int64_t choices = min64(rows, chunk_tokens) * n;  // of a head in a chunk
-  split = kMaxItemTokens / 2;
-  while (split > 64 && choices * heads / split < kBackwardItems) split /= 2;
-  // Stretches in which an average list has `split` entries.
+  const int64_t rows_of_chunk = min64(rows, chunk_tokens), choices = rows_of_chunk * n;  // of a head
+  // Stretches in which an average list has kStretchEntries entries.
   stretch_tokens = count_tokens;
-  while (stretch_tokens < chunk_tokens && stretch_tokens * n < split * num_blocks) stretch_tokens *= 2;
-  stretches = static_cast<int>(ceil_div(min64(rows, chunk_tokens), stretch_tokens));
-  const int64_t lists = min64(num_blocks * stretches, choices);
-  max_items = parts * heads * (lists + choices / split);
-  max_partials = parts * heads * (stretches == 1 ? choices / split : lists + choices / split);
+  while (stretch_tokens < chunk_tokens &&
+         (stretch_tokens < kStretchTokens || stretch_tokens * n < kStretchEntries * num_blocks))
+    stretch_tokens *= 2;
+  stretches = static_cast<int>(ceil_div(rows_of_chunk, stretch_tokens));
+  // Many whole lists balance by themselves. Elsewhere rows in the cache and equal work for all are worth more
+  // partial sums. The workspace grows with short items.
+  const bool whole = stretches == 1 && parts * heads * num_blocks >= kManyLists * kBackwardWorkers;
+  min_tokens = static_cast<int>(whole ? kMaxItemTokens : max64(kMinItemTokens, stretch_tokens / 64));
+  max_tokens = whole ? kMaxItemTokens : kUsualItemTokens;
+  share = static_cast<float>(static_cast<double>(choices) / static_cast<double>(stretches * num_blocks) /
+                             kBackwardWorkers);
+  // In a stretch of a head no list is cut finer than its last one.
+  int64_t cuts = 0;
+  for (int64_t left = heads * stretches - 1; left >= 0; --left)
+    cuts += ceil_div(min64(rows_of_chunk, stretch_tokens) * n * parts,
+                     most_tokens(left * num_blocks * parts + 1));
+  const int64_t lists = parts * heads * min64(num_blocks * stretches, choices);
+  max_items = lists + cuts;
+  // A list that is cut in a single stretch has at least two items, with more than the most of one together.
+  max_partials = stretches == 1 ? min64(2 * cuts, lists + cuts) : lists + cuts;
   max_splits = parts * heads * min64(num_blocks, choices / 2);
 }
 
@@ -353,7 +394,8 @@ BlockLists::BlockLists(const SelectedAttentionBwdParams& p, const InvertPlan& pl
   bases = carve<int>(p.workspace, heads * plan.num_blocks, bytes);
   items = carve<WorkItem>(p.workspace, plan.num_chunks * plan.max_items, bytes);
   splits = carve<int>(p.workspace, plan.num_chunks * plan.max_splits, bytes);
-  first_partials = carve<int>(p.workspace, plan.num_chunks * heads * plan.num_blocks * plan.parts, bytes);
+  first_partials =
+      carve<int>(p.workspace, plan.num_chunks * heads * plan.stretches * plan.num_blocks * plan.parts, bytes);
   num_items = carve<int>(p.workspace, plan.num_chunks, bytes);
   num_splits = carve<int>(p.workspace, plan.num_chunks, bytes);
   tickets = carve<int>(p.workspace, kMaxPasses * plan.num_chunks, bytes);
@@ -383,9 +425,9 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
 
 Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
                     int64_t chunk, const float* partials, const Stream& stream) {
-  constexpr unsigned kGrid = 264;
-  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid, kAddShares), kAddThreads, 0, stream,
-                p, lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
+  constexpr unsigned kGrid = 132 * kAddPerMultiprocessor;
+  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid), kAddThreads, 0, stream, p,
+                lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
                 lists.num_splits + chunk, plan.key_tile, partials);
 }
 

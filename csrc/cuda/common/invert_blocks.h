@@ -12,8 +12,8 @@ namespace nsa::cuda {
 // round trip through memory per chunk, and what is kept per choice grows with it.
 constexpr int kBackwardChunkTokens = 8192;
 
-// Pieces of work that a chunk is split into at least, if it is large enough: four for each of 264 workers.
-constexpr int kBackwardItems = 1056;
+// Who takes items at the same time: two on each of 132 multiprocessors.
+constexpr int kBackwardWorkers = 264;
 
 // An entry of a list: a token, counted from the first row of its chunk, and the slot of its row of
 // block_indices (the first one, if the row repeats the block).
@@ -32,22 +32,32 @@ struct WorkItem {
   int partial;    // where the sums of a split list go; -1: the only item of its keys
   int followers;  // the first item of a split list: how many others follow it, at partial + 1 and on
 };
-constexpr int kMaxItemTokens = 1024;
+constexpr int kMinItemTokens = 32, kMaxItemTokens = 704;
+constexpr int kItemAlign = 4;  // a list is cut where a tile of keys passes with 16 heads begins
 constexpr int kMaxPasses = 2;  // over the items of a chunk
 
 struct InvertPlan {
-  int key_tile, parts;  // keys of an item; tiles of a block
-  int count_tokens;     // rows that one thread block sorts
-  int chunk_tokens;     // rows of a chunk
-  int stretch_tokens;   // rows of a stretch: items hold rows of one, and go through a head's one after
-                        // another, so that what is at work together finds its rows in the cache
-  int stretches;        // of a chunk
-  int split;            // runs of twice as many entries, or more, are split
-  int64_t num_blocks;   // of the batch, unused numbers included
+  int key_tile, parts;         // keys of an item; tiles of a block
+  int count_tokens;            // rows that one thread block sorts
+  int chunk_tokens;            // rows of a chunk
+  int stretch_tokens;          // rows of a stretch: items hold rows of one, and go through a head's one after
+                               // another, so that what is at work together finds its rows in the cache
+  int stretches;               // of a chunk
+  int min_tokens, max_tokens;  // an item's entries at most: at the end of a chunk, and before
+  float share;                 // see most_tokens
+  int64_t num_blocks;          // of the batch, unused numbers included
   int64_t num_counts, num_chunks;
   int64_t max_items, max_partials, max_splits;  // of a chunk
 
   InvertPlan(const SelectedAttentionBwdParams& p, int key_tile, int most_chunk_tokens = kBackwardChunkTokens);
+
+  // Entries of an item at most, if as many lists of a stretch as `left`, its own counted, have not been
+  // begun: about a worker's share of what they hold. Long items mean few partial sums; short ones at last
+  // mean that all workers end at about the same time.
+  __host__ __device__ int most_tokens(int64_t left) const {
+    const int tokens = static_cast<int>(share * static_cast<float>(left)) / kItemAlign * kItemAlign;
+    return tokens < min_tokens ? min_tokens : tokens > max_tokens ? max_tokens : tokens;
+  }
 };
 
 // All in the workspace.
@@ -57,7 +67,8 @@ struct BlockLists {
   int* bases;           // [Hkv, num_blocks]: where a block begins
   WorkItem* items;      // [num_chunks, max_items]
   int* splits;          // [num_chunks, max_splits]: the first items of lists that are split
-  int* first_partials;  // [num_chunks, Hkv, num_blocks * parts]
+  int* first_partials;  // [num_chunks, Hkv, stretches, num_blocks * parts]: of a list, those of earlier
+                        // stretches passed over, twice, plus 1 if there are none; -1: the list is one item
   int* num_items;       // [num_chunks]
   int* num_splits;      // [num_chunks]
   int* tickets;         // [kMaxPasses, num_chunks]: zeroed, for those who take items

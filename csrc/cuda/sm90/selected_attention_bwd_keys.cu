@@ -53,8 +53,8 @@ struct KeysLayout {
   static constexpr int kConsumerBytes = (2 + kStages) * kTile;
 
   struct Control {
-    // One is written when the place of its Q is free, so that the scores of the tile kInfos before are done: the
-    // place was that tile's of dO (an odd number of stages) or of Q.
+    // One is written when the place of its Q is free, so that the scores of the tile kInfos before are done:
+    // the place was that tile's of dO (an odd number of stages) or of Q.
     TileInfo tile[kInfos];
     ItemInfo item[2];
     uint64_t full[kStages], empty[kStages], keys_full, keys_empty;
@@ -83,7 +83,8 @@ __device__ void produce(const Params& p, const SelectedBwdChunk& chunk, const Ke
   constexpr int kPanels = kDim / kPanel;
   const int num_items = *chunk.num_items, slabs = chunk.ds.slabs, tokens = kSlabs / slabs;
   const auto address = [](const auto& x) { return ptx::shared_address(&x); };
-  // Lane i < 8 has word i of an item; the next one and the ticket behind it are on their way meanwhile.
+  // Lane i < 8 has word i of an item. The next ticket is taken three tiles before the end of an item: whoever
+  // held one for longer would keep others from work at the end.
   const auto take = [&] { return lane == 0 ? atomicAdd(chunk.ticket, 1) : 0; };
   const auto word_of = [&](int ticket) {
     return ticket < num_items && lane < 8 ? reinterpret_cast<const int*>(chunk.items + ticket)[lane] : 0;
@@ -103,7 +104,7 @@ __device__ void produce(const Params& p, const SelectedBwdChunk& chunk, const Ke
     item.shift = __shfl_sync(~0u, word, 5), item.partial = __shfl_sync(~0u, word, 6);
     return item;
   };
-  int ticket = __shfl_sync(~0u, take(), 0), next_ticket = take();
+  int ticket = __shfl_sync(~0u, take(), 0), next_ticket = 0;
   WorkItem item = unpack(word_of(ticket));
   uint32_t entry = load_entry(item, 0);
   const int token_bytes = slabs * kSlabRows * kPanelPitch;  // in a panel
@@ -119,15 +120,19 @@ __device__ void produce(const Params& p, const SelectedBwdChunk& chunk, const Ke
 #pragma unroll 1
   for (int round = 0;; ++round) {
     const bool last = ticket >= num_items;
-    ticket = __shfl_sync(~0u, next_ticket, 0);
     int word = 0;
-    if (!last) next_ticket = take(), word = word_of(ticket);
     const int tiles = last ? 0 : (item.count + tokens - 1) / tokens;
     WorkItem next{};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const uint32_t own = entry;
-      if (tile + 1 == tiles) next = unpack(word);
+      const int left = tiles - tile;
+      if (left == min(tiles, 3)) next_ticket = take();
+      if (left == min(tiles, 2)) {
+        ticket = __shfl_sync(~0u, next_ticket, 0);
+        word = word_of(ticket);
+      }
+      if (left == 1) next = unpack(word);
       entry = tile + 1 < tiles ? load_entry(item, tile + 1) : load_entry(next, 0);
       const auto row_of = [&](uint32_t e) { return first_row + static_cast<int>(e & kEntryTokenMask); };
       const uint32_t copied = __shfl_sync(~0u, own, own_token % kSlabs),
