@@ -190,20 +190,24 @@ struct Consumer {
     const int lane = ptx::lane_id(), first = group * 64 + warp * 16 + lane / 4;
     int64_t rows[2];
     bool valid[2];
-    float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = first + 8 * h >> plan.shift, member = first + 8 * h - (token << plan.shift);
       valid[h] = token < tile.num_tokens && member < p.shape.group();
-      rows[h] = static_cast<int64_t>(tile.query_row + token) * p.shape.num_heads_q +
-                tile.head * p.shape.group() + member;
-      const float sum = quad_sum(softmax.sum[h]);
-      factor[h] = sum == 0.f ? 0.f : 1.f / sum;
-      if (valid[h] && (lane & 3) == 0) {
-        static_cast<float*>(p.lse)[rows[h]] =
-            softmax.max[h] == kNegInf ? kNegInf : (softmax.max[h] * scale + log2f(sum)) * kLn2;
-      }
+      // Rows of nobody read the first one.
+      rows[h] = static_cast<int64_t>(tile.query_row + (valid[h] ? token : 0)) * p.shape.num_heads_q +
+                tile.head * p.shape.group() + (valid[h] ? member : 0);
     }
+    const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
+    float factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) factor[h] = sum[h] == 0.f ? 0.f : __fdividef(1.f, sum[h]);
+    // Lane h of a quad writes the statistics of row h.
+    const bool second = lane & 1;
+    const float max = second ? softmax.max[1] : softmax.max[0];
+    const float lse = max == kNegInf ? kNegInf : (max * scale + log2f(second ? sum[1] : sum[0])) * kLn2;
+    if ((lane & 2) == 0 && (second ? valid[1] : valid[0]))
+      static_cast<float*>(p.lse)[second ? rows[1] : rows[0]] = lse;
     T* o = static_cast<T*>(p.o);
     if (gate.o != nullptr) {
       const GatedRows<T, kDimV / 8> gated{

@@ -123,7 +123,8 @@ __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const V
 // In which order thread blocks take the tiles of all heads. Where the keys and values of all heads stay in
 // the L2 cache together, heads take turns, from the end of the sequence, where unions are longest, to its
 // begin, and back and forth over the blocks: none gets the longest tile of every round, and the last ones are
-// short. Else one head comes after another, so that its keys stay there.
+// short. Else one head comes after another, so that its keys stay there, in opposite directions: who got the
+// longer tiles of one gets the shorter ones of the next, and the last ones of all are short.
 struct TileOrder {
   int num_tiles, num_heads;
   bool heads_take_turns;
@@ -138,7 +139,8 @@ struct TileOrder {
     return heads_take_turns ? item % num_heads : item / num_tiles;
   }
   __device__ __forceinline__ int tile(int item) const {
-    return heads_take_turns ? num_tiles - 1 - item / num_heads : item % num_tiles;
+    if (heads_take_turns) return num_tiles - 1 - item / num_heads;
+    return num_heads - head(item) & 1 ? num_tiles - 1 - item % num_tiles : item % num_tiles;
   }
 };
 

@@ -2,6 +2,7 @@
 // branches.
 #pragma once
 
+#include "cuda/ptx/streaming_store.cuh"
 #include "cuda/tile/warp_tile.cuh"
 #include "nsa/params.h"
 
@@ -13,32 +14,38 @@ template <typename T, int kOut>
 struct GatedRows {
   static constexpr int kGroups = kOut / 4;  // of 32 columns, of which a thread holds 8
   const GatedCombineFwdParams& gate;
-  T* o_slc;  // null: not wanted
-  int64_t row[2];
+  T* o_slc;        // null: not wanted
+  int64_t row[2];  // of which a thread reads; what it may write is valid
   bool valid[2];
   int lane;
 
-  // Of the first column of this thread in row h.
-  __device__ __forceinline__ int64_t begin(int h) const { return row[h] * (kOut * 8) + 8 * (lane & 3); }
+  // Of the first column of this thread in row h, in bytes: so an address costs one addition.
+  __device__ __forceinline__ int64_t offset(int h) const { return row[h] * (kOut * 16) + 16 * (lane & 3); }
 
-  __device__ __forceinline__ uint4 load(int branch, int h, int group) const {
-    if (!valid[h]) return make_uint4(0, 0, 0, 0);
-    return __ldcs(
-        reinterpret_cast<const uint4*>(static_cast<const T*>(gate.o_branch[branch]) + begin(h) + 32 * group));
+  __device__ __forceinline__ uint4 load(int branch, const int64_t (&at)[2], int h, int group) const {
+    return __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(gate.o_branch[branch]) + at[h]) +
+                  4 * group);
   }
 
-  __device__ __forceinline__ void load_weights(float (&weight)[kNumBranches], int h) const {
+  // The lanes of a quad share a row: lane b of it brings the logit of branch b, as it is stored.
+  __device__ __forceinline__ void load_logits(uint32_t (&logit)[2]) const {
+    int64_t at[2];
 #pragma unroll
-    for (int b = 0; b < kNumBranches; ++b) {
-      float logit = 0.f;
-      const int64_t i = row[h] * kNumBranches + b;
-      if (valid[h]) {
-        logit = gate.gate_dtype == DType::kF32
-                    ? static_cast<const float*>(gate.gate_logits)[i]
-                    : static_cast<float>(static_cast<const T*>(gate.gate_logits)[i]);
-      }
-      weight[b] = 1.f / (1.f + __expf(-logit));
+    for (int h = 0; h < 2; ++h) {
+      at[h] = row[h] * kNumBranches + min(lane & 3, kNumBranches - 1);
     }
+    if (gate.gate_dtype == DType::kF32) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) logit[h] = __ldcs(static_cast<const uint32_t*>(gate.gate_logits) + at[h]);
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) logit[h] = __ldcs(static_cast<const uint16_t*>(gate.gate_logits) + at[h]);
+    }
+  }
+
+  __device__ __forceinline__ float weight(uint32_t logit) const {
+    const float x = gate.gate_dtype == DType::kF32 ? __uint_as_float(logit) : ptx::unpack2<T>(logit).x;
+    return 1.f / (1.f + __expf(-x));
   }
 
   static __device__ __forceinline__ void add(float2 (&sum)[4], float weight, const uint4& branch) {
@@ -52,31 +59,37 @@ struct GatedRows {
   }
 
   // Both rows of a quad of lanes; all lanes of the warp take part. out times factor[h] is the selected
-  // output.
+  // output. Without branches, so that the steps may overlap.
   __device__ __forceinline__ void store(const float (&out)[kOut][4], const float (&factor)[2]) const {
-    constexpr int kSteps = 2 * kGroups;
+    uint32_t logit[2];
+    load_logits(logit);
+    const int64_t at[2] = {offset(0), offset(1)};
     // What the other branches gave, half of it under way while the other half is at work.
     uint4 cmp[kGroups], swa[kGroups];
-    float weight[2][kNumBranches];
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) cmp[i] = load(0, 0, i), swa[i] = load(2, 0, i);
-    load_weights(weight[0], 0);
-    load_weights(weight[1], 1);
+    for (int i = 0; i < kGroups; ++i) cmp[i] = load(0, at, 0, i), swa[i] = load(2, at, 0, i);
+    const float own[2] = {weight(logit[0]), weight(logit[1])};
+    float weights[kNumBranches];  // of a row
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < 2 * kGroups; ++step) {
       const int h = step / kGroups, i = step % kGroups;
+      if (i == 0) {
+#pragma unroll
+        for (int b = 0; b < kNumBranches; ++b) weights[b] = __shfl_sync(~0u, own[h], lane & ~3 | b);
+      }
       const uint4 slc = gather_columns<T>(out, i, h, factor[h], lane);
       float2 sum[4] = {};
-      add(sum, weight[h][0], cmp[i]);
-      add(sum, weight[h][1], slc);
-      add(sum, weight[h][2], swa[i]);
-      if (h == 0) cmp[i] = load(0, 1, i), swa[i] = load(2, 1, i);
-      if (!valid[h]) continue;
-      const int64_t at = begin(h) + 32 * i;
-      if (o_slc != nullptr) __stcs(reinterpret_cast<uint4*>(o_slc + at), slc);
-      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(gate.o) + at),
-             make_uint4(ptx::pack2<T>(sum[0].x, sum[0].y), ptx::pack2<T>(sum[1].x, sum[1].y),
-                        ptx::pack2<T>(sum[2].x, sum[2].y), ptx::pack2<T>(sum[3].x, sum[3].y)));
+      add(sum, weights[0], cmp[i]);
+      add(sum, weights[1], slc);
+      add(sum, weights[2], swa[i]);
+      if (h == 0) cmp[i] = load(0, at, 1, i), swa[i] = load(2, at, 1, i);
+      if (o_slc != nullptr)
+        ptx::store_streaming_if(reinterpret_cast<char*>(o_slc) + at[h] + 64 * i, slc, valid[h]);
+      ptx::store_streaming_if(
+          static_cast<char*>(gate.o) + at[h] + 64 * i,
+          make_uint4(ptx::pack2<T>(sum[0].x, sum[0].y), ptx::pack2<T>(sum[1].x, sum[1].y),
+                     ptx::pack2<T>(sum[2].x, sum[2].y), ptx::pack2<T>(sum[3].x, sum[3].y)),
+          valid[h]);
     }
   }
 };
