@@ -1,4 +1,4 @@
-// The forward of nsa::attention: one operation after another.
+// Steps of nsa::attention: one operation after another.
 #include "cpu/storage.h"
 
 namespace nsa::cpu::NSA_CPU_ISA {
@@ -10,6 +10,11 @@ Status attention_forward(const AttentionFwdParams& p, const Parallel& parallel) 
   if (status.ok()) status = NSA_CPU_ISA::banded_attention_forward(p.swa, parallel);
   if (status.ok()) status = NSA_CPU_ISA::gated_combine_forward(p.gate, parallel);
   return status;
+}
+
+Status selected_branch_backward(const SelectedBranchBwdParams& p, const Parallel& parallel) {
+  const Status status = NSA_CPU_ISA::gated_combine_backward(p.gate, parallel);
+  return status.ok() ? NSA_CPU_ISA::selected_attention_backward(p.slc, parallel) : status;
 }
 
 }  // namespace nsa::cpu::NSA_CPU_ISA

@@ -4,6 +4,7 @@
 
 #include "cuda/compress_bwd.h"
 #include "cuda/host/launch_kernel.h"
+#include "cuda/host/side_stream.h"
 #include "cuda/portable/launch.h"
 #include "cuda/sm90/launch.h"
 
@@ -60,17 +61,30 @@ Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   return status.ok() ? gated_combine_forward(p.gate, stream) : status;
 }
 
+// Who chose which block is found beside the gate's pass, which memory alone bounds.
+Status selected_branch_backward(const SelectedBranchBwdParams& p, const Stream& stream) {
+  Status status, prepared;
+  bool done = false;
+  {
+    const SideStream side(stream);
+    if (side.exists() && use_sm90()) done = sm90::prepare_selected_backward(p.slc, side.stream(), &prepared);
+    status = gated_combine_backward(p.gate, stream);
+  }
+  if (!status.ok()) return status;
+  if (!prepared.ok()) return prepared;
+  if (done && sm90::selected_attention_backward(p.slc, stream, &status, sm90::Lists::kPrepared, p.next))
+    return status;
+  return selected_attention_backward(p.slc, stream);
+}
+
 // The branches one by one where they do not fit one kernel together.
 Status banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream) {
-  BandedBranchesBwdParams branches = p;
+  Status status;
+  if (use_sm90() && sm90::banded_branches_backward(p, stream, &status)) return status;
   int64_t offset = 0;
-  for (BandedAttentionBwdParams& branch : branches.branch) {
+  for (BandedAttentionBwdParams branch : p.branch) {
     branch.workspace = static_cast<char*>(p.workspace) + offset;
     offset += workspace_bytes(branch);
-  }
-  Status status;
-  if (use_sm90() && sm90::banded_branches_backward(branches, stream, &status)) return status;
-  for (const BandedAttentionBwdParams& branch : branches.branch) {
     if (status.ok()) status = banded_attention_backward(branch, stream);
   }
   return status;
@@ -87,6 +101,11 @@ Status compress_backward(const CompressBwdParams& p, const Stream& stream) {
   return compress_backward_steps(p, stream, use_sm90());
 }
 
+bool writes_key_results(const BandedAttentionBwdParams&) { return true; }
+bool writes_key_results(const SelectedAttentionBwdParams& p) {
+  return use_sm90() && sm90::writes_key_results(p);
+}
+
 // Enough for either path: which one runs is known at the launch.
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
@@ -97,7 +116,7 @@ int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
 int64_t workspace_bytes(const BandedBranchesBwdParams& p) {
   int64_t bytes = 0;
   for (const BandedAttentionBwdParams& branch : p.branch) bytes += workspace_bytes(branch);
-  return bytes;
+  return max64(bytes, sm90::workspace_bytes(p));
 }
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);

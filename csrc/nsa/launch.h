@@ -22,6 +22,7 @@
   X(banded_branches_backward, BandedBranchesBwdParams)       \
   X(selected_attention_backward, SelectedAttentionBwdParams) \
   X(gated_combine_backward, GatedCombineBwdParams)           \
+  X(selected_branch_backward, SelectedBranchBwdParams)       \
   X(attention_delta, DeltaParams)
 #define NSA_FOR_EACH_OP(X)   \
   NSA_FOR_EACH_FORWARD_OP(X) \
@@ -50,11 +51,19 @@ namespace nsa::cuda {
 
 struct Stream {
   void* handle = nullptr;  // cudaStream_t
+  // A second one for what may run beside the first: launchers order both, so that whoever waits for the first
+  // waits for all. Null: there is none.
+  void* side = nullptr;
 };
 
 #define NSA_DECLARE_CUDA(name, Params) Status name(const Params& p, const Stream& stream);
 NSA_FOR_EACH_OP(NSA_DECLARE_CUDA)
 #undef NSA_DECLARE_CUDA
+
+// Whether AttentionGrads::key_results may be set. Neither dk nor dv, key_results and the workspace are looked
+// at.
+bool writes_key_results(const BandedAttentionBwdParams& p);
+bool writes_key_results(const SelectedAttentionBwdParams& p);
 
 // Bytes of device memory behind Params::workspace: a function of shapes alone, 0 for none.
 int64_t workspace_bytes(const SelectBlocksParams& p);

@@ -2,8 +2,9 @@
 //
 // T, S: query and key tokens over the whole batch; Hq, Hkv: heads; Dk, Dv: head dims; R: rows of the keys at
 // hand (S for tokens, S // compress_stride for compressed blocks); n: num_selected_blocks. "acc" is the
-// accumulator type: double for f64, float for all others. Backward kernels ADD into dk and dv, which the
-// caller has zeroed, and write dq (QueryGrads); a null pointer means that this gradient is not wanted.
+// accumulator type: double for f64, float for all others. Backward kernels write dq (QueryGrads) and ADD into
+// dk and dv, which the caller has zeroed, or write them (AttentionGrads::key_results); a null pointer means
+// that this gradient is not wanted.
 #pragma once
 
 #include <cstdint>
@@ -92,6 +93,9 @@ struct AttentionGrads {
   QueryGrads dq;
   void* dk;  // [R, Hkv, Dk], acc, contiguous, added to
   void* dv;  // [R, Hkv, Dv], acc, contiguous, added to
+  // dk and dv are results in the dtype of k instead, of which every row is written: where
+  // cuda::writes_key_results says so.
+  bool key_results = false;
 };
 
 struct BandedAttentionBwdParams {
@@ -111,6 +115,10 @@ struct BandedAttentionBwdParams {
 // not used.
 struct BandedBranchesBwdParams {
   BandedAttentionBwdParams branch[2];
+  // What selected_branch_backward, launched just before, has noted here (SelectedBranchBwdParams::next).
+  // early: its last kernel lets one that is made for it begin before it ends itself, when all but this last
+  // one has ended. first_made: dK and dV of the first branch, or their parts in the workspace, are made.
+  bool early, first_made;
   void* workspace;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
@@ -223,6 +231,15 @@ struct GatedCombineBwdParams {
   // CUDA: where the tokens of the last sequence end (on the device), or null. Rows behind get zeros, whatever
   // dO and their gates hold.
   const int32_t* end_token;
+};
+
+// The backward of the gate, and of selected attention, which needs what the gate's writes: a device may do
+// beside the gate's what needs the choice of blocks alone.
+struct SelectedBranchBwdParams {
+  GatedCombineBwdParams gate;
+  SelectedAttentionBwdParams slc;
+  // What comes next, all but where its dQ goes, or null. A device may begin with it, which is noted there.
+  BandedBranchesBwdParams* next;
 };
 
 // delta = rowsum(dO * o), for the branches when they are used alone.

@@ -1,6 +1,8 @@
 // nsa::attention: the three branches and the gate as one autograd node.
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <optional>
+
 #include "ops/autograd.h"
 #include "ops/branches.h"
 #include "ops/checks.h"
@@ -224,24 +226,37 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
   checks.lse({"lse_swa", lse_swa}, q);
   checks.block_indices({"block_indices", block_indices}, q, shape);
 
-  // In the order of the branches, k before v.
-  GradientSums keys({k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa},
-                    std::vector<bool>(grad_mask.begin() + 1, grad_mask.begin() + 7));
+  // Gradients of keys: in the order of the branches, k before v.
+  const std::vector<Tensor> key_inputs{k_cmp, v_cmp, k_slc, v_slc, k_swa, v_swa};
+  const std::vector<bool> keys_wanted(grad_mask.begin() + 1, grad_mask.begin() + 7);
   const Tensor d_gate_logits = empty_gradient(gate_logits, grad_mask[7]);
+  KeyGradients keys;
   Tensor dq;
 
   if (q.is_meta()) {
     dq = empty_gradient(q, grad_mask[0]);
+    keys = KeyGradients(key_inputs, keys_wanted, std::vector<bool>(6));
   } else {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     std::array<BranchGrads, kNumBranches> branches;
+    const Tensor d_o_rows = as_rows(d_o);
+    for (BranchGrads& grads : branches) grads.d_o = d_o_rows;
+    const BandedBranch cmp{k_cmp, v_cmp, config.compressed(), 0, branches[0]};
+    const BandedBranch swa{k_swa, v_swa, KeyBlocks{}, window_size, branches[2]};
+    SelectedBackward slc(call, k_slc, v_slc, block_indices, block_size, branches[1]);
+    branches[0].key_results = writes_key_results(call, cmp);
+    branches[1].key_results = !call.batch.empty() && slc.writes_key_results();
+    branches[2].key_results = writes_key_results(call, swa);
+    std::vector<bool> keys_written;
+    for (int i = 0; i < 2 * kNumBranches; ++i) keys_written.push_back(branches[i / 2].key_results);
+    keys = KeyGradients(key_inputs, keys_wanted, keys_written);
+
     const Tensor* const lse[kNumBranches] = {&lse_cmp, &lse_slc, &lse_swa};
     // One pass over dO and the outputs gives all that the branches need of them.
     CombineGrads combine;
     combine.d_gate_logits = d_gate_logits;
     const int32_t* end_token = end_on_device(q, call.batch);
     if (end_token == nullptr) fill_padding({{d_gate_logits, 0}}, call.batch);
-    const Tensor d_o_rows = as_rows(d_o);
     // The branches add to one dQ in turn (QueryGrads), the selected one first.
     Tensor dq_sum;
     if (grad_mask[0]) dq_sum = at::empty(q.sizes(), q.options().dtype(acc_dtype(q.scalar_type())));
@@ -253,20 +268,35 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
       grads.dv = keys[2 * b + 1];
       if (!grads.wanted()) continue;
       grads.lse = lse[b]->contiguous();
-      grads.d_o = d_o_rows;
       grads.d_o_scale = combine.gates[b] = at::empty_like(grads.lse);
       grads.delta = combine.delta[b] = at::empty_like(grads.lse);
     }
-    if (branches[0].wanted() || branches[1].wanted() || branches[2].wanted() || d_gate_logits.defined()) {
-      combine_backward(kBackward, d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine,
-                       end_token);
+    std::optional<BandedBranchesBackward> banded;
+    if (branches[0].wanted() && branches[2].wanted() && !call.batch.empty()) banded.emplace(call, cmp, swa);
+    const bool any_wanted =
+        branches[0].wanted() || branches[1].wanted() || branches[2].wanted() || d_gate_logits.defined();
+    if (any_wanted && call.batch.rows_q != 0) {
+      const CombineBackward gate(d_o_rows, {o_cmp, o_slc, o_swa}, gate_logits, call.batch.rows_q, combine,
+                                 end_token);
+      if (branches[1].wanted() && !call.batch.empty()) {
+        launch(kBackward, q.device(),
+               SelectedBranchBwdParams{gate.params, slc.with(branches[1]),
+                                       banded.has_value() ? &banded->params : nullptr});
+        slc.workspace.reset();
+      } else {
+        launch(kBackward, q.device(), gate.params);
+      }
     }
-    selected_backward(call, k_slc, v_slc, block_indices, block_size, branches[1]);
     // Not allocated before it is written: the workspace of the selected branch is gone by then.
     if (grad_mask[0]) dq = dq_sum.scalar_type() == q.scalar_type() ? dq_sum : empty_gradient(q, true);
     branches[2].dq = dq;
-    banded_branches_backward(call, {k_cmp, v_cmp, config.compressed(), 0, branches[0]},
-                             {k_swa, v_swa, KeyBlocks{}, window_size, branches[2]});
+    if (banded.has_value()) {
+      banded->params.branch[1].grads.dq.result = pointer(dq);
+      launch(kBackward, q.device(), banded->params);
+    } else {
+      banded_backward(call, cmp);
+      banded_backward(call, swa);
+    }
     fill_padding({{dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();

@@ -68,21 +68,18 @@ void banded_backward(const AttentionCall& call, const BandedBranch& branch) {
   launch(call.op, branch.k.device(), params);
 }
 
-void banded_branches_backward(const AttentionCall& call, const BandedBranch& first,
-                              const BandedBranch& second) {
-  if (!first.grads.wanted() || !second.grads.wanted()) {
-    banded_backward(call, first);
-    banded_backward(call, second);
-    return;
-  }
-  if (call.batch.empty()) return;
-  const at::Tensor k_first = as_rows(first.k), v_first = as_rows(first.v);
-  const at::Tensor k_second = as_rows(second.k), v_second = as_rows(second.v);
-  BandedBranchesBwdParams params{};
-  params.branch[0] = backward_params(call, first, k_first, v_first);
-  params.branch[1] = backward_params(call, second, k_second, v_second);
-  const at::Tensor workspace = allocate_workspace(call.q.device(), &params);
-  launch(call.op, call.q.device(), params);
+bool writes_key_results(const AttentionCall& call, const BandedBranch& branch) {
+  const at::Tensor k_rows = as_rows(branch.k), v_rows = as_rows(branch.v);
+  return !call.batch.empty() &&
+         writes_key_results(branch.k.device(), backward_params(call, branch, k_rows, v_rows));
+}
+
+BandedBranchesBackward::BandedBranchesBackward(const AttentionCall& call, const BandedBranch& first,
+                                               const BandedBranch& second)
+    : k{as_rows(first.k), as_rows(second.k)}, v{as_rows(first.v), as_rows(second.v)}, params{} {
+  params.branch[0] = backward_params(call, first, k[0], v[0]);
+  params.branch[1] = backward_params(call, second, k[1], v[1]);
+  workspace = allocate_workspace(call.q.device(), &params);
 }
 
 namespace {
@@ -138,15 +135,21 @@ Tensor3 backward(const Names& names, const Tensor& d_o, const Tensor& q, const T
 
   BranchGrads grads;
   grads.dq = empty_gradient(q, mask[0]);
-  GradientSums keys({k, v}, {mask[1], mask[2]});
-  grads.dk = keys[0];
-  grads.dv = keys[1];
-  if (!q.is_meta() && grads.wanted()) {
+  const std::vector<bool> wanted{mask[1], mask[2]};
+  KeyGradients keys;
+  if (q.is_meta() || !(mask[0] || mask[1] || mask[2])) {
+    keys = KeyGradients({k, v}, wanted, {false, false});
+  } else {
     const AttentionCall call(names.op, shape, softmax_scale, q, sequences);
+    const BandedBranch branch{k, v, band.keys, band.window, grads};
     grads.d_o = as_rows(d_o);
+    grads.key_results = writes_key_results(call, branch);
+    keys = KeyGradients({k, v}, wanted, {grads.key_results, grads.key_results});
+    grads.dk = keys[0];
+    grads.dv = keys[1];
     grads.delta = attention_delta(call, grads.d_o, o);
     grads.lse = lse.contiguous();
-    banded_backward(call, {k, v, band.keys, band.window, grads});
+    banded_backward(call, branch);
     fill_padding({{grads.dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();

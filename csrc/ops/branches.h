@@ -65,7 +65,8 @@ struct BranchGrads {
   at::Tensor delta, lse;
   at::Tensor dq_sum, dq;  // of QueryGrads, or undefined
   bool dq_begun = false;
-  at::Tensor dk, dv;  // accumulators, or undefined
+  at::Tensor dk, dv;         // or undefined
+  bool key_results = false;  // of AttentionGrads
 
   bool wanted() const { return dq_sum.defined() || dq.defined() || dk.defined() || dv.defined(); }
   AttentionGrads params() const {
@@ -75,7 +76,8 @@ struct BranchGrads {
             const_pointer(lse),
             {pointer(dq_sum), pointer(dq), dq_begun},
             pointer(dk),
-            pointer(dv)};
+            pointer(dv),
+            key_results};
   }
 };
 
@@ -119,14 +121,29 @@ struct BandedBranch {
   const BranchGrads& grads;
 };
 void banded_backward(const AttentionCall& call, const BandedBranch& branch);
-// One behind the other; together where the device can.
-void banded_branches_backward(const AttentionCall& call, const BandedBranch& first,
-                              const BandedBranch& second);
+bool writes_key_results(const AttentionCall& call, const BandedBranch& branch);
+// Two of which gradients are wanted, one behind the other; together where the device can. Made in front of
+// any launch that others follow without a gap.
+struct BandedBranchesBackward {
+  at::Tensor k[2], v[2], workspace;
+  BandedBranchesBwdParams params;
+
+  BandedBranchesBackward(const AttentionCall& call, const BandedBranch& first, const BandedBranch& second);
+};
 
 void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& block_indices, int64_t block_size, const BranchOutput& out);
-void selected_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
-                       const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads);
+struct SelectedBackward {
+  at::Tensor k, v, block_indices, workspace;
+  SelectedAttentionBwdParams params;
+
+  // grads: d_o alone is needed.
+  SelectedBackward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                   const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads);
+  bool writes_key_results() const;
+  // What to launch, with a workspace.
+  const SelectedAttentionBwdParams& with(const BranchGrads& grads);
+};
 
 void select(const AttentionCall& call, const at::Tensor& k_cmp, const at::Tensor& lse, KeyBlocks keys,
             const Selection& selection, const at::Tensor& block_indices);

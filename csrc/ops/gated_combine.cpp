@@ -30,29 +30,35 @@ void combine_forward(const char* op, const BranchTensors& o_branch, const at::Te
   launch(op, o.device(), CombineForward(o_branch, gate_logits, num_rows, o, end_token).params);
 }
 
-void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
-                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,
-                      const int32_t* end_token) {
-  if (num_rows == 0) return;
-  const at::Tensor gates = gate_logits.contiguous(), d_o_rows = as_rows(d_o);
-  const BranchTensors branches{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])};
-  GatedCombineBwdParams params{};
+CombineBackward::CombineBackward(const at::Tensor& d_o, const BranchTensors& o_branch,
+                                 const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,
+                                 const int32_t* end_token)
+    : d_o(as_rows(d_o)),
+      gate_logits(gate_logits.contiguous()),
+      o_branch{as_block(o_branch[0]), as_block(o_branch[1]), as_block(o_branch[2])},
+      params{} {
   params.dtype = dtype_of(d_o);
-  params.gate_dtype = dtype_of(gates);
+  params.gate_dtype = dtype_of(this->gate_logits);
   params.num_tokens = num_rows;
   params.num_heads = static_cast<int>(d_o.size(1));
   params.head_dim_v = static_cast<int>(d_o.size(2));
-  params.d_o = rows_view(d_o_rows);
-  params.gate_logits = gates.const_data_ptr();
+  params.d_o = rows_view(this->d_o);
+  params.gate_logits = this->gate_logits.const_data_ptr();
   params.d_gate_logits = pointer(grads.d_gate_logits);
   params.end_token = end_token;
   for (int b = 0; b < kNumBranches; ++b) {
-    params.o_branch[b] = branches[b].const_data_ptr();
+    params.o_branch[b] = this->o_branch[b].const_data_ptr();
     params.d_o_branch[b] = pointer(grads.d_o_branch[b]);
     params.gates[b] = pointer(grads.gates[b]);
     params.delta[b] = pointer(grads.delta[b]);
   }
-  launch(op, d_o.device(), params);
+}
+
+void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
+                      const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,
+                      const int32_t* end_token) {
+  if (num_rows == 0) return;
+  launch(op, d_o.device(), CombineBackward(d_o, o_branch, gate_logits, num_rows, grads, end_token).params);
 }
 
 namespace {

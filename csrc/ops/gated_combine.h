@@ -33,6 +33,17 @@ struct CombineGrads {
   BranchTensors delta;       // [T, Hq], acc
 };
 
+// The Params of the gate's backward, with the tensors behind their pointers. Arguments as in
+// combine_backward.
+struct CombineBackward {
+  at::Tensor d_o, gate_logits;
+  BranchTensors o_branch;
+  GatedCombineBwdParams params;
+
+  CombineBackward(const at::Tensor& d_o, const BranchTensors& o_branch, const at::Tensor& gate_logits,
+                  int64_t num_rows, const CombineGrads& grads, const int32_t* end_token);
+};
+
 // end_token as in combine_forward: gate gradients are 0 behind it.
 void combine_backward(const char* op, const at::Tensor& d_o, const BranchTensors& o_branch,
                       const at::Tensor& gate_logits, int64_t num_rows, const CombineGrads& grads,

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <type_traits>
+
 #ifdef NSA_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -42,13 +44,23 @@ template <typename Params>
 void launch_cuda(const char* op, c10::Device device, Status (*launcher)(const Params&, const cuda::Stream&),
                  const Params& params) {
   const c10::cuda::CUDAGuard guard(device);
-  check_status(op, launcher(params, {c10::cuda::getCurrentCUDAStream(device.index()).stream()}));
+  cuda::Stream stream{c10::cuda::getCurrentCUDAStream(device.index()).stream()};
+  // What it is for is short: it goes first.
+  if constexpr (std::is_same_v<Params, SelectedBranchBwdParams>)
+    stream.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index()).stream();
+  check_status(op, launcher(params, stream));
 }
 #define NSA_LAUNCH_CUDA(name) \
   if (device.is_cuda()) return launch_cuda(op, device, &cuda::name, params);
 #define NSA_WORKSPACE_CUDA(params) \
   if (device.is_cuda()) bytes = cuda::workspace_bytes(params);
+#define NSA_KEY_RESULTS_CUDA(params)         \
+  if (device.is_cuda()) {                    \
+    c10::cuda::CUDAGuard guard(device);      \
+    return cuda::writes_key_results(params); \
+  }
 #else
+#define NSA_KEY_RESULTS_CUDA(params)
 #define NSA_LAUNCH_CUDA(name)
 #define NSA_WORKSPACE_CUDA(params)
 #endif
@@ -71,5 +83,16 @@ NSA_FOR_EACH_OP(NSA_DEFINE_LAUNCH)
     return workspace;                                                               \
   }
 NSA_FOR_EACH_WORKSPACE(NSA_DEFINE_WORKSPACE)
+
+bool writes_key_results([[maybe_unused]] c10::Device device,
+                        [[maybe_unused]] const BandedAttentionBwdParams& params) {
+  NSA_KEY_RESULTS_CUDA(params)
+  return false;
+}
+bool writes_key_results([[maybe_unused]] c10::Device device,
+                        [[maybe_unused]] const SelectedAttentionBwdParams& params) {
+  NSA_KEY_RESULTS_CUDA(params)
+  return false;
+}
 
 }  // namespace nsa::ops

@@ -28,4 +28,8 @@ NSA_FOR_EACH_OP(NSA_DECLARE_LAUNCH)
 NSA_FOR_EACH_WORKSPACE(NSA_DECLARE_WORKSPACE)
 #undef NSA_DECLARE_WORKSPACE
 
+// Whether the device's kernels write dk and dv as results (AttentionGrads::key_results).
+bool writes_key_results(c10::Device device, const BandedAttentionBwdParams& params);
+bool writes_key_results(c10::Device device, const SelectedAttentionBwdParams& params);
+
 }  // namespace nsa::ops

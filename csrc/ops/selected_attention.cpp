@@ -43,14 +43,23 @@ void selected_forward(const AttentionCall& call, const at::Tensor& k, const at::
   launch(call.op, k.device(), SelectedForward(call, k, v, block_indices, block_size, out).params);
 }
 
-void selected_backward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
-                       const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads) {
-  if (call.batch.empty() || !grads.wanted()) return;
-  const at::Tensor k_rows = as_rows(k), v_rows = as_rows(v), indices = as_block(block_indices);
-  auto params = selected_params<SelectedAttentionBwdParams>(call, k_rows, v_rows, indices, block_size);
+SelectedBackward::SelectedBackward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
+                                   const at::Tensor& block_indices, int64_t block_size,
+                                   const BranchGrads& grads)
+    : k(as_rows(k)),
+      v(as_rows(v)),
+      block_indices(as_block(block_indices)),
+      params(selected_params<SelectedAttentionBwdParams>(call, this->k, this->v, this->block_indices,
+                                                         block_size)) {
   params.grads = grads.params();
-  const at::Tensor workspace = allocate_workspace(k.device(), &params);
-  launch(call.op, k.device(), params);
+}
+
+bool SelectedBackward::writes_key_results() const { return ops::writes_key_results(k.device(), params); }
+
+const SelectedAttentionBwdParams& SelectedBackward::with(const BranchGrads& grads) {
+  params.grads = grads.params();
+  workspace = allocate_workspace(k.device(), &params);
+  return params;
 }
 
 namespace {
@@ -136,15 +145,23 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
 
   BranchGrads grads;
   grads.dq = empty_gradient(q, grad_mask[0]);
-  GradientSums keys({k, v}, {grad_mask[1], grad_mask[2]});
-  grads.dk = keys[0];
-  grads.dv = keys[1];
-  if (!q.is_meta() && grads.wanted()) {
+  const std::vector<bool> wanted{grad_mask[1], grad_mask[2]};
+  KeyGradients keys;
+  if (q.is_meta() || !(grad_mask[0] || grad_mask[1] || grad_mask[2])) {
+    keys = KeyGradients({k, v}, wanted, {false, false});
+  } else {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     grads.d_o = as_rows(d_o);
-    grads.delta = attention_delta(call, grads.d_o, o);
-    grads.lse = lse.contiguous();
-    selected_backward(call, k, v, block_indices, block_size, grads);
+    SelectedBackward selected(call, k, v, block_indices, block_size, grads);
+    grads.key_results = !call.batch.empty() && selected.writes_key_results();
+    keys = KeyGradients({k, v}, wanted, {grads.key_results, grads.key_results});
+    grads.dk = keys[0];
+    grads.dv = keys[1];
+    if (!call.batch.empty()) {
+      grads.delta = attention_delta(call, grads.d_o, o);
+      grads.lse = lse.contiguous();
+      launch(kBackward, k.device(), selected.with(grads));
+    }
     fill_padding({{grads.dq, 0}}, call.batch);
   }
   const std::vector<Tensor> key_grads = keys.finish();

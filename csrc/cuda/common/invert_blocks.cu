@@ -6,6 +6,7 @@
 #include "cuda/common/choices.cuh"
 #include "cuda/common/invert_blocks.h"
 #include "cuda/host/launch_kernel.h"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/sequence_tile.cuh"
 
 namespace nsa::cuda {
@@ -303,11 +304,15 @@ constexpr int kAddThreads = 256, kAddShares = 16, kAddGroup = 8;
 constexpr int kAddPerMultiprocessor = 4;  // with more, registers would not hold a group
 __global__ void __launch_bounds__(kAddThreads, kAddPerMultiprocessor)
     selected_blocks_add(const SelectedAttentionBwdParams p, const WorkItem* items, const int* splits,
-                        const int* num_splits, const int key_tile, const float* partials) {
+                        const int* num_splits, const int key_tile, const float* partials, const bool early) {
+  // Early, it lets the next kernel begin while that in front still runs, but ends behind it.
+  const bool waits_last = early && blockIdx.x == 0;
+  if (!early) ptx::wait_for_dependency();
+  ptx::launch_dependents();
   const int dim_qk = p.shape.head_dim_qk, dims = dim_qk + p.shape.head_dim_v, columns = dims / 4;
   const int shares = *num_splits * kAddShares;
-  if (static_cast<int>(blockIdx.x) >= shares) return;
-  WorkItem item = items[splits[blockIdx.x / kAddShares]];
+  WorkItem item{};
+  if (static_cast<int>(blockIdx.x) < shares) item = items[splits[blockIdx.x / kAddShares]];
 #pragma unroll 1
   for (int share = blockIdx.x; share < shares; share += gridDim.x) {
     const int following = share + gridDim.x;
@@ -343,6 +348,7 @@ __global__ void __launch_bounds__(kAddThreads, kAddPerMultiprocessor)
     }
     item = next_item;
   }
+  if (waits_last) ptx::wait_for_dependency();
 }
 
 }  // namespace
@@ -424,11 +430,11 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
 }
 
 Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
-                    int64_t chunk, const float* partials, const Stream& stream) {
+                    int64_t chunk, const float* partials, bool early, const Stream& stream) {
   constexpr unsigned kGrid = 132 * kAddPerMultiprocessor;
-  return launch("selected_blocks_add", selected_blocks_add, dim3(kGrid), kAddThreads, 0, stream, p,
-                lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
-                lists.num_splits + chunk, plan.key_tile, partials);
+  return launch_chained("selected_blocks_add", selected_blocks_add, dim3(kGrid), kAddThreads, 0, stream, p,
+                        lists.items + chunk * plan.max_items, lists.splits + chunk * plan.max_splits,
+                        lists.num_splits + chunk, plan.key_tile, partials, early);
 }
 
 }  // namespace nsa::cuda

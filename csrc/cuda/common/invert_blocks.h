@@ -81,9 +81,9 @@ Status invert_blocks(const SelectedAttentionBwdParams& p, const InvertPlan& plan
                      const Stream& stream);
 
 // Adds the sums of split lists to dk and dv, in the order of the list. partials: [max_partials, key_tile, Dk
-// + Dv].
+// + Dv]. early: they are there when the kernel in front lets this one begin.
 Status add_partials(const SelectedAttentionBwdParams& p, const InvertPlan& plan, const BlockLists& lists,
-                    int64_t chunk, const float* partials, const Stream& stream);
+                    int64_t chunk, const float* partials, bool early, const Stream& stream);
 
 // The next part of a workspace, from a multiple of 256 bytes on.
 template <typename T>

@@ -83,7 +83,14 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads)
   const int tile_number = static_cast<int>(blockIdx.x) / parts.splits;
   const int split = static_cast<int>(blockIdx.x) % parts.splits;
   const KeyTile tile = find_key_tile(p.seqs, p.keys, p.window, tile_number, kKeys);
-  if (tile.seen.lo == tile.seen.hi) return;
+  const bool write = parts.splits == 1 && p.grads.key_results;
+  if (tile.seen.lo == tile.seen.hi) {
+    AttentionGrads own = p.grads;
+    if (!kWantK) own.dk = nullptr;
+    if (!kWantV) own.dv = nullptr;
+    if (write) clear_key_results<T>(own, tile, gridDim.y, head, kDimQK, kDimV, threadIdx.x, Layout::kThreads);
+    return;
+  }
   const Visibility visible(p.keys, p.window);
   const GroupRows rows(p.shape.group());
   const int group = rows.group;
@@ -203,6 +210,20 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads)
     __syncthreads();
   }
 
+  if (write) {
+    const auto store = [&]<int kTiles>(void* gradient, float factor, const float(&acc)[kTiles][4]) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = warp * 16 + lane / 4 + 8 * h;
+        T* const target = static_cast<T*>(gradient) +
+                          ((tile.first_row + tile.begin + row) * gridDim.y + head) * (kTiles * 8);
+        store_row(row < tile.rows ? target : nullptr, acc, h, factor, lane);
+      }
+    };
+    if constexpr (kWantK) store(p.grads.dk, scale, dk[0]);
+    if constexpr (kWantV) store(p.grads.dv, 1.f, dv[0]);
+    return;
+  }
   const bool add = parts.splits == 1;
   float* const part = parts.tile(split, tile_number, head);
   const auto target = [&](void* gradient, int dim, int offset) {
@@ -370,7 +391,7 @@ Status launch_backward(const BandedAttentionBwdParams& p, const Stream& stream) 
     if (want_k) status = launch_keys<T, kDimQK, kDimV, true, false>(p, parts, stream);
     if (want_v && status.ok()) status = launch_keys<T, kDimQK, kDimV, false, true>(p, parts, stream);
   }
-  if (status.ok() && (want_k || want_v)) status = launch_sum(p, parts, stream);
+  if (status.ok() && (want_k || want_v)) status = launch_sum<T>(p, parts, stream);
   if (!status.ok() || !p.grads.dq.wanted()) return status;
   const int64_t num_tiles = num_sequence_tiles(p.seqs, Layout::kRows / group);
   return launch("banded_attention_bwd_queries_portable",

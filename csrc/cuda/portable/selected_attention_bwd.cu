@@ -370,7 +370,7 @@ Status launch_keys(const Params& p, const Stream& stream) {
       if (status.ok() && p.grads.dk != nullptr)
         status = launch_keys_pass<T, kDimQK, kDimV, kKeys, true, false>(p, work, stream);
     }
-    if (status.ok()) status = add_partials(p, plan, lists, chunk, partials, stream);
+    if (status.ok()) status = add_partials(p, plan, lists, chunk, partials, /*early=*/false, stream);
   }
   return status;
 }

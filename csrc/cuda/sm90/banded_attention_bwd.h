@@ -3,12 +3,14 @@
 
 #include "cuda/common/key_parts.cuh"
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/device.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tile/swizzled_tile.cuh"
 #include "cuda/tile/warp_tile.cuh"
@@ -43,11 +45,26 @@ struct KeyMaps {
   CUtensorMap k, v;
 };
 
-// By key tile: dK and dV of a branch. By query tile: dQ of one branch or of two that share q and dO. False,
-// and nothing is done, where a tensor does not suit TMA.
-bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
-bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, const Stream& stream,
-                                  Status* status);
+// By key tile: dK and dV of a branch, or parts of them, which key_sums adds. By query tile: dQ of one branch
+// or of two that share q and dO. ticket, or null: deals out the items of dQ; the launch for keys zeroes it.
+// Each kernel lets the next one
+// begin when the one in front has ended.
+Status banded_attention_bwd_keys(const BandedAttentionBwdParams& p, Begin begin, int* ticket,
+                                 const Stream& stream);
+Status banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, Begin begin,
+                                    int* ticket, const Stream& stream);
+Status banded_attention_bwd_key_sums(const BandedAttentionBwdParams& p, Begin begin, const Stream& stream);
+
+// f<T, kDimQK, kDimV>() -> bool as in dispatch_kernels, of shapes and tensors that have been found to have a
+// kernel.
+template <typename F>
+Status run_kernels(const BandedAttentionBwdParams& p, F&& f) {
+  Status status;
+  const bool found = dispatch_kernels(
+      p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v,
+      [&]<typename T, int kDimQK, int kDimV>() { return f.template operator()<T, kDimQK, kDimV>(&status); });
+  return found ? status : Status::error(StatusCode::kDeviceError, "a tensor does not suit TMA any more");
+}
 
 // Tiles of tokens with the heads of a group, and of keys.
 template <int kDimQK, int kDimV>

@@ -313,6 +313,23 @@ __device__ __forceinline__ void consume(const BandedAttentionBwdParams& p, const
   }
 
   const bool add = parts.splits == 1;
+  if (add && p.grads.key_results) {
+    const int rows = walk.tile.rows - consumer * kWarpgroupRows;
+    const auto store = [&]<int kDim>(void* gradient, float factor, float(&acc)[kDim / 2]) {
+      if (gradient == nullptr) return;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t key = walk.tile.first_row + walk.tile.begin + consumer * kWarpgroupRows + row0 + 8 * h;
+        T* const row = row0 + 8 * h < rows
+                           ? static_cast<T*>(gradient) + (key * parts.heads + walk.head) * kDim
+                           : nullptr;
+        store_row(row, reinterpret_cast<const float(&)[kDim / 8][4]>(acc), h, factor, lane);
+      }
+    };
+    store.template operator()<kDimQK>(p.grads.dk, static_cast<float>(p.softmax_scale), dk);
+    store.template operator()<kDimV>(p.grads.dv, 1.f, dv);
+    return;
+  }
   const auto row_of = [&](void* gradient, int dim, int offset, int h) -> float* {
     const int row = consumer * kWarpgroupRows + row0 + 8 * h, key = walk.tile.begin + row;
     if (gradient == nullptr || ends[h] == kNoKey) return nullptr;
@@ -329,7 +346,9 @@ template <typename T, int kDimQK, int kDimV>
 __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
     banded_attention_bwd_keys_sm90(const __grid_constant__ BandedAttentionBwdParams p,
                                    const __grid_constant__ QueryMaps maps,
-                                   const __grid_constant__ KeyMaps key_maps, const KeyParts parts) {
+                                   const __grid_constant__ KeyMaps key_maps, const KeyParts parts,
+                                   const bool early, int* const ticket) {
+  if (!early) ptx::wait_for_dependency();
   using Layout = KeysLayout<kDimQK, kDimV>;
   extern __shared__ unsigned char unaligned[];
   const uint32_t unaligned_address = ptx::shared_address(unaligned);
@@ -358,12 +377,31 @@ __global__ void __launch_bounds__(KeysLayout<kDimQK, kDimV>::kThreads, 1)
     ptx::async_proxy_fence();
   }
   __syncthreads();
-  if (walk.tile.seen.lo == walk.tile.seen.hi) return;
-  if (parts.chunk > 0 && walk.steps == 0) return;  // nobody reads its part
+  const bool seen = walk.tile.seen.lo < walk.tile.seen.hi;
+  const auto let_next_begin = [&] {  // one warp
+    ptx::wait_for_dependency();
+    if (ticket != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x % 32 == 0) *ticket = 0;
+    __threadfence();
+    __syncwarp();
+    ptx::launch_dependents();
+  };
+  if (!seen || (parts.chunk > 0 && walk.steps == 0)) {  // nobody reads its part
+    if (threadIdx.x < 32) let_next_begin();
+    if (parts.splits == 1 && p.grads.key_results)
+      clear_key_results<T>(p.grads, walk.tile, parts.heads, walk.head, kDimQK, kDimV, threadIdx.x,
+                           Layout::kThreads);
+    return;
+  }
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kConsumers) {
     ptx::release_registers<Layout::kProducerRegisters>();
-    if (threadIdx.x % 128 < 32) produce<kDimQK, kDimV>(p, maps, key_maps, walk, base, shared);
+    // The same number in all lanes, which the compiler cannot know: else the producer spills.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+    if (warp == 0) {
+      produce<kDimQK, kDimV>(p, maps, key_maps, walk, base, shared);
+    } else if (warp == 1) {
+      let_next_begin();
+    }
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
     consume<T, kDimQK, kDimV>(p, walk, parts, base, shared, warpgroup);
@@ -431,28 +469,31 @@ KeyParts describe_parts(const BandedAttentionBwdParams& p) {
 
 int64_t workspace_bytes(const BandedAttentionBwdParams& p) { return describe_parts(p).bytes(); }
 
-bool banded_attention_bwd_keys(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
-  const auto run = [&]<typename T, int kDimQK, int kDimV>() {
+Status banded_attention_bwd_key_sums(const BandedAttentionBwdParams& p, Begin begin, const Stream& stream) {
+  return dispatch_half(p.dtype, [&]<typename T>() {
+    return launch_sum<T>(p, describe_parts(p), stream, begin == Begin::kEarly);
+  });
+}
+
+Status banded_attention_bwd_keys(const BandedAttentionBwdParams& p, Begin begin, int* ticket,
+                                 const Stream& stream) {
+  return run_kernels(p, [&]<typename T, int kDimQK, int kDimV>(Status* status) {
     using Layout = KeysLayout<kDimQK, kDimV>;
     QueryMaps maps;
     KeyMaps key_maps;
-    const int group = p.shape.group();
-    if (group > Layout::kRows) return false;
-    if (!make_maps<kDimQK, kDimV>(&maps, p, Layout::kRows / group)) return false;
+    if (!make_maps<kDimQK, kDimV>(&maps, p, Layout::kRows / p.shape.group())) return false;
     if (!make_maps<kDimQK, kDimV>(&key_maps, p, Layout::kKeys)) return false;
     const KeyParts parts = describe_parts(p);
-    *status = launch(
+    *status = launch_chained(
         "banded_attention_bwd_keys_sm90", banded_attention_bwd_keys_sm90<T, kDimQK, kDimV>,
         parts.chunk == 0
             ? dim3(static_cast<unsigned>(parts.num_tiles * parts.splits), static_cast<unsigned>(parts.heads))
             : dim3(static_cast<unsigned>(((parts.splits - 1) * parts.num_tiles +
                                           ceil_div(parts.num_tiles, parts.period) * parts.period) *
                                          parts.heads)),
-        Layout::kThreads, Layout::kBytes, stream, p, maps, key_maps, parts);
-    if (status->ok()) *status = launch_sum(p, parts, stream);
+        Layout::kThreads, Layout::kBytes, stream, p, maps, key_maps, parts, begin == Begin::kEarly, ticket);
     return true;
-  };
-  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, run);
+  });
 }
 
 }  // namespace nsa::cuda::sm90

@@ -30,6 +30,8 @@ struct QueriesParams {
   float scale, scale_log2;
   GroupRows rows;
   int part, num_items, heads;  // part: tokens of a consumer
+  bool early;
+  int* ticket;  // or null: every block has its items
 };
 struct BranchMaps {
   KeyMaps branch[kMaxBranches];
@@ -112,12 +114,18 @@ struct Schedule {
                                               Item* item) {
     const int blocks = gridDim.x, block = blockIdx.x;
     while (true) {
-      const int round = schedule->round;
-      if (round * blocks >= p.num_items) return false;
-      schedule->round = round + 1;
-      // Back and forth over the blocks, so that none gets the longest of every round.
-      const int k = round * blocks + (round & 1 ? blocks - 1 - block : block);
-      if (k >= p.num_items) continue;
+      int k;
+      if (p.ticket != nullptr) {
+        k = atomicAdd(p.ticket, 1);
+        if (k >= p.num_items) return false;
+      } else {
+        const int round = schedule->round;
+        if (round * blocks >= p.num_items) return false;
+        schedule->round = round + 1;
+        // Back and forth over the blocks, so that none gets the longest of every round.
+        k = round * blocks + (round & 1 ? blocks - 1 - block : block);
+        if (k >= p.num_items) continue;
+      }
       const SequenceTile tile =
           find_sequence_tile(p.seqs, (p.num_items - 1 - k) / p.heads, p.part * kConsumers);
       if (tile.count == 0) continue;
@@ -547,6 +555,7 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
     banded_attention_bwd_queries_sm90(const __grid_constant__ QueriesParams p,
                                       const __grid_constant__ QueryMaps maps,
                                       const __grid_constant__ BranchMaps branch_maps) {
+  if (!p.early) ptx::wait_for_dependency();
   using Layout = QueriesLayout<kDimQK, kDimV>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = ptx::shared_address(shared);
@@ -586,6 +595,9 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
       produce_keys<kDimQK, kDimV>(branch_maps, items, base);
     } else if (warp == 2) {
       produce_items<T, kDimQK>(p, items, reinterpret_cast<Schedule*>(shared + Layout::kSchedule));
+    } else {
+      ptx::wait_for_dependency();
+      ptx::launch_dependents();
     }
   } else {
     ptx::claim_registers<Layout::kConsumerRegisters>();
@@ -595,8 +607,8 @@ __global__ void __launch_bounds__(QueriesLayout<kDimQK, kDimV>::kThreads, 1)
 
 }  // namespace
 
-bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, const Stream& stream,
-                                  Status* status) {
+Status banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int count, Begin begin,
+                                    int* ticket, const Stream& stream) {
   const BandedAttentionBwdParams& common = branches[0];
   QueriesParams p{common.seqs,
                   common.shape,
@@ -608,7 +620,9 @@ bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int 
                   GroupRows(common.shape.group()),
                   kWarpgroupRows / common.shape.group(),
                   0,
-                  common.shape.num_heads_kv};
+                  common.shape.num_heads_kv,
+                  begin == Begin::kEarly,
+                  ticket};
   p.dq.begun = common.grads.dq.begun;
   for (int b = 0; b < count; ++b) {
     const AttentionGrads& grads = branches[b].grads;
@@ -619,7 +633,7 @@ bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int 
                    static_cast<const float*>(grads.delta),
                    static_cast<const float*>(grads.lse)};
   }
-  const auto run = [&]<typename T, int kDimQK, int kDimV>() {
+  return run_kernels(common, [&]<typename T, int kDimQK, int kDimV>(Status* status) {
     using Layout = QueriesLayout<kDimQK, kDimV>;
     QueryMaps maps;
     BranchMaps branch_maps;
@@ -629,38 +643,97 @@ bool banded_attention_bwd_queries(const BandedAttentionBwdParams* branches, int 
     }
     p.num_items = static_cast<int>(num_sequence_tiles(p.seqs, p.part * kConsumers) * p.heads);
     const int64_t blocks = min64(p.num_items, device_attribute(cudaDevAttrMultiProcessorCount));
-    *status = launch("banded_attention_bwd_queries_sm90", banded_attention_bwd_queries_sm90<T, kDimQK, kDimV>,
-                     dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, maps,
-                     branch_maps);
+    *status = launch_chained(
+        "banded_attention_bwd_queries_sm90", banded_attention_bwd_queries_sm90<T, kDimQK, kDimV>,
+        dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, maps, branch_maps);
     return true;
-  };
-  return dispatch_kernels(common.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, run);
+  });
 }
 
 namespace {
 
 bool wants_keys(const BandedAttentionBwdParams& p) { return p.grads.dk != nullptr || p.grads.dv != nullptr; }
+
 // What fits one of the kernels fits the other, but for groups too large for the rows of the first.
-bool fits(const AttentionShape& shape) { return shape.group() <= (shape.head_dim_qk > 128 ? 32 : 64); }
+bool has_kernels(const BandedAttentionBwdParams& p) {
+  if (p.shape.group() > (p.shape.head_dim_qk > 128 ? 32 : 64)) return false;
+  return dispatch_kernels(
+      p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
+        QueryMaps maps;
+        KeyMaps key_maps;
+        return make_maps<kDimQK, kDimV>(&maps, p, 1) && make_maps<kDimQK, kDimV>(&key_maps, p, 1);
+      });
+}
+
+// No kernel needs what the one in front makes, but for the sums, so each begins in the tail of that: those
+// for keys first, whose blocks are long; then dQ, whose items are dealt out to blocks as they come; then the
+// sums of parts. After a launch for keys all that was in front of it has ended; that is what dQ needs. made:
+// branches whose keys are done, and the ticket with them.
+Status launch_all(const BandedAttentionBwdParams* branches, int count, int made, Begin begin, int* ticket,
+                  const Stream& stream) {
+  Status status;
+  bool zeroed = made > 0, behind_keys = false;
+  for (int b = made; b < count && status.ok(); ++b) {
+    if (!wants_keys(branches[b])) continue;
+    status = banded_attention_bwd_keys(branches[b], begin, zeroed ? nullptr : ticket, stream);
+    begin = Begin::kEarly;
+    zeroed = behind_keys = true;
+  }
+  const bool wants_queries = branches[0].grads.dq.wanted();
+  if (status.ok() && wants_queries) {
+    status = banded_attention_bwd_queries(branches, count, behind_keys ? Begin::kEarly : Begin::kOnTime,
+                                          zeroed ? ticket : nullptr, stream);
+  }
+  begin = wants_queries ? Begin::kEarly : Begin::kOnTime;
+  for (int b = 0; b < count && status.ok(); ++b) {
+    if (!wants_keys(branches[b])) continue;
+    status = banded_attention_bwd_key_sums(branches[b], begin, stream);
+    begin = Begin::kOnTime;
+  }
+  return status;
+}
+
+// The workspace of both: the ticket, then those of each.
+constexpr int64_t kTicketBytes = 256;
+struct BranchesPlan {
+  int* ticket;
+  BandedAttentionBwdParams branch[kMaxBranches];
+  int64_t bytes = kTicketBytes;
+
+  explicit BranchesPlan(const BandedBranchesBwdParams& p)
+      : ticket(static_cast<int*>(p.workspace)), branch{p.branch[0], p.branch[1]} {
+    for (BandedAttentionBwdParams& own : branch) {
+      own.workspace = static_cast<char*>(p.workspace) + bytes;
+      bytes += round_up(workspace_bytes(own), 256);
+    }
+  }
+  bool has_kernels() const {
+    return branch[0].grads.dq.wanted() && sm90::has_kernels(branch[0]) && sm90::has_kernels(branch[1]);
+  }
+};
 
 }  // namespace
 
 bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status) {
-  if (!fits(p.shape)) return false;
-  if (wants_keys(p) && !banded_attention_bwd_keys(p, stream, status)) return false;
-  if (!p.grads.dq.wanted() || !status->ok()) return true;
-  return banded_attention_bwd_queries(&p, 1, stream, status);
+  if (!has_kernels(p)) return false;
+  *status = launch_all(&p, 1, 0, Begin::kOnTime, nullptr, stream);
+  return true;
 }
 
-// dQ, whose maps are of all tensors, comes first: so nothing has been done where one does not suit TMA.
+int64_t workspace_bytes(const BandedBranchesBwdParams& p) { return BranchesPlan(p).bytes; }
+
+bool begin_banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream, Status* status) {
+  const BranchesPlan plan(p);
+  if (!plan.has_kernels() || !wants_keys(plan.branch[0])) return false;
+  *status = banded_attention_bwd_keys(plan.branch[0], Begin::kEarly, plan.ticket, stream);
+  return true;
+}
+
 bool banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream, Status* status) {
-  if (!fits(p.branch[0].shape)) return false;
-  if (!p.branch[0].grads.dq.wanted()) return false;
-  if (!banded_attention_bwd_queries(p.branch, kMaxBranches, stream, status)) return false;
-  for (const BandedAttentionBwdParams& branch : p.branch) {
-    if (wants_keys(branch) && status->ok() && !banded_attention_bwd_keys(branch, stream, status))
-      return false;
-  }
+  const BranchesPlan plan(p);
+  if (!plan.has_kernels()) return false;
+  *status = launch_all(plan.branch, kMaxBranches, p.first_made ? 1 : 0,
+                       p.early ? Begin::kEarly : Begin::kOnTime, plan.ticket, stream);
   return true;
 }
 

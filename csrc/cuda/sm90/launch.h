@@ -15,6 +15,9 @@ enum class Begin {
 
 bool banded_attention_backward(const BandedAttentionBwdParams& p, const Stream& stream, Status* status);
 bool banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream, Status* status);
+// The first step of that, dK and dV of the first branch, launched early; false where there is none.
+bool begin_banded_branches_backward(const BandedBranchesBwdParams& p, const Stream& stream, Status* status);
+int64_t workspace_bytes(const BandedBranchesBwdParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
@@ -27,8 +30,16 @@ bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Strea
 // It may begin early if what chose the blocks has ended when the kernel in front lets it begin.
 bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
                                       Begin begin, const Stream& stream, Status* status);
-bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
+// What selected_attention_backward needs of block_indices alone: it can be made beside other kernels, and is
+// in the workspace.
+enum class Lists { kMissing, kPrepared };
+bool prepare_selected_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status);
+// next, or null: begun with where that fills the time in which the last items of the first chunk are at work.
+bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status,
+                                 Lists prepared = Lists::kMissing, BandedBranchesBwdParams* next = nullptr);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
+// True only where selected_attention_backward returns true.
+bool writes_key_results(const SelectedAttentionBwdParams& p);
 bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status);
 bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const DecodeAttentionParams& p);  // 0 where decode_attention returns false

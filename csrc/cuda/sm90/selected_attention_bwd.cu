@@ -1,6 +1,7 @@
 // The backward of selected attention on Hopper: chunk by chunk of the rows of q, first the keys, then the
 // queries.
 #include "cuda/host/launch_kernel.h"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/selected_attention_bwd.h"
 #include "cuda/tile/warp_tile.cuh"
@@ -17,6 +18,7 @@ constexpr int kStatsThreads = 256;
 __global__ void __launch_bounds__(kStatsThreads)
     selected_attention_bwd_stats(const AttentionGrads grads, const int64_t total_q, const int group,
                                  const RowStats stats) {
+  ptx::launch_dependents();
   const int64_t i = int64_t{blockIdx.x} * kStatsThreads + threadIdx.x;
   const int64_t of_token = int64_t{stats.heads_kv} * stats.token_rows;
   if (i >= (total_q + 1) * of_token) return;
@@ -81,13 +83,32 @@ Status make_stats(const Params& p, const RowStats& stats, const Stream& stream) 
 
 }  // namespace
 
-bool selected_attention_backward(const Params& p, const Stream& stream, Status* status) {
+bool prepare_selected_backward(const Params& p, const Stream& stream, Status* status) {
   if (!has_kernel(p)) return false;
+  const Workspace workspace(p);
+  if (p.grads.key_results) {  // the rows of blocks that nobody chose
+    const auto clear = [&](void* gradient, int dim) {
+      if (gradient == nullptr) return;
+      const size_t bytes = static_cast<size_t>(p.seqs.key_rows) * p.shape.num_heads_kv * dim * 2;
+      cudaMemsetAsync(gradient, 0, bytes, static_cast<cudaStream_t>(stream.handle));
+    };
+    clear(p.grads.dk, p.shape.head_dim_qk);
+    clear(p.grads.dv, p.shape.head_dim_v);
+    *status = last_error("memset");
+  }
+  if (status->ok()) *status = invert_blocks(p, workspace.plan, workspace.lists, stream);
+  return true;
+}
+
+bool selected_attention_backward(const Params& p, const Stream& stream, Status* status, Lists prepared,
+                                 BandedBranchesBwdParams* next) {
+  if (!has_kernel(p)) return false;
+  if (prepared == Lists::kMissing) prepare_selected_backward(p, stream, status);
+  if (!status->ok()) return true;
   const Workspace workspace(p);
   const InvertPlan& plan = workspace.plan;
   const BlockLists& lists = workspace.lists;
   *status = make_stats(p, workspace.stats, stream);
-  if (status->ok()) *status = invert_blocks(p, plan, lists, stream);
   for (int64_t i = 0; status->ok() && i < plan.num_chunks; ++i) {
     const int64_t first_row = i * plan.chunk_tokens;
     const SelectedBwdChunk chunk{lists.entries,       lists.items + i * plan.max_items,
@@ -97,12 +118,18 @@ bool selected_attention_backward(const Params& p, const Stream& stream, Status* 
                                  workspace.stats,     workspace.ds};
     // A tensor suits TMA in all chunks or in none, so nothing has been added where this returns false.
     if (!selected_attention_bwd_keys(p, chunk, stream, status)) return false;
-    if (status->ok()) *status = add_partials(p, plan, lists, i, workspace.partials, stream);
+    const bool between = i == 0 && next != nullptr && status->ok() && p.grads.dq.wanted() &&
+                         begin_banded_branches_backward(*next, stream, status);
+    if (between) next->first_made = true;
+    if (status->ok()) *status = add_partials(p, plan, lists, i, workspace.partials, between, stream);
     if (!status->ok() || !p.grads.dq.wanted()) continue;
     if (!selected_attention_bwd_queries(p, chunk, stream, status)) return false;
   }
+  if (next != nullptr) next->early = p.grads.dq.wanted();
   return true;
 }
+
+bool writes_key_results(const Params&) { return false; }
 
 int64_t workspace_bytes(const Params& p) { return has_kernel(p) ? Workspace(p).bytes : 0; }
 

@@ -8,6 +8,7 @@
 //
 // The factor g of dO goes into the exponent: p g = 2^(s - (lse - log2 g)), dS = p g (dP - delta / g).
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -372,6 +373,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < kConsumers * Layout::kConsumerBytes / 16; i += kThreads)
     reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   ptx::async_proxy_fence();
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
   __syncthreads();
   if (warpgroup == 0) {
     ptx::release_registers<40>();
@@ -404,9 +407,10 @@ bool selected_attention_bwd_keys(const Params& p, const SelectedBwdChunk& chunk,
               make_tensor_map(&maps.k, p.dtype, p.k, p.seqs.key_rows, heads_kv, kDimQK, kKeyTile, 1) &&
               make_tensor_map(&maps.v, p.dtype, p.v, p.seqs.key_rows, heads_kv, kDimV, kKeyTile, 1);
           if (!suits) return false;
-          *status = launch("selected_attention_bwd_keys_sm90", selected_attention_bwd_keys_sm90<T, kDimQK>,
-                           dim3(static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount))),
-                           kThreads, Layout::kBytes, stream, p, chunk, maps);
+          *status =
+              launch_chained("selected_attention_bwd_keys_sm90", selected_attention_bwd_keys_sm90<T, kDimQK>,
+                             dim3(static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount))),
+                             kThreads, Layout::kBytes, stream, p, chunk, maps);
           return true;
         } else {
           return false;

@@ -7,6 +7,7 @@
 // rule. Fragments of dS are fetched two blocks ahead.
 #include "cuda/common/choices.cuh"
 #include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -360,6 +361,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     control.issued = 0;
     ptx::barrier_init_fence();
   }
+  // dS of a chunk lies where that of the one before did, which this multiprocessor may have read.
+  if (work.chunk.first_row > 0) ptx::wait_for_dependency();
   __syncthreads();
 
   // Calls work_on(tile, plan) for every tile of this thread block.
@@ -395,6 +398,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         clear_unseen_keys<kDim>(plan, ring, control, size.slots, slot, phases, lane);
         release();
       });
+    } else {  // what comes next may begin where this kernel leaves room
+      ptx::wait_for_dependency();
+      ptx::launch_dependents();
     }
     return;
   }
@@ -504,10 +510,10 @@ bool selected_attention_bwd_queries(const Params& p, const SelectedBwdChunk& chu
           const int stages = static_cast<int>(min64(kMaxKeyStages, available / Layout::kTile));
           if (stages < 2) return false;
           const int64_t grid = min64(work.all, device_attribute(cudaDevAttrMultiProcessorCount));
-          *status = launch("selected_attention_bwd_queries_sm90",
-                           selected_attention_bwd_queries_sm90<T, kDimQK>, dim3(static_cast<unsigned>(grid)),
-                           kThreads, static_cast<size_t>(Layout::bytes(work, stages)), stream, p, work,
-                           RingSize(stages), map);
+          *status = launch_chained(
+              "selected_attention_bwd_queries_sm90", selected_attention_bwd_queries_sm90<T, kDimQK>,
+              dim3(static_cast<unsigned>(grid)), kThreads, static_cast<size_t>(Layout::bytes(work, stages)),
+              stream, p, work, RingSize(stages), map);
           return true;
         } else {
           return false;

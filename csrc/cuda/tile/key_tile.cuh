@@ -6,10 +6,10 @@
 namespace nsa::cuda {
 
 // Sequence b owns the tile numbers from first_row(begin) / width + b on, as query tiles do
-// (sequence_tile.cuh).
-inline int64_t num_key_tiles(const SequenceBatch& seqs, KeyBlocks keys, int64_t width) {
-  return seqs.cu_seqlens_k == nullptr ? ceil_div(min64(keys.count(seqs.max_seqlen_k), seqs.key_rows), width)
-                                      : seqs.key_rows / width + seqs.batch;
+// (sequence_tile.cuh), and the rows of the key tensors up to those of the next sequence: rows of no key too,
+// so that every row is some tile's.
+inline int64_t num_key_tiles(const SequenceBatch& seqs, int64_t width) {
+  return seqs.cu_seqlens_k == nullptr ? ceil_div(seqs.key_rows, width) : seqs.key_rows / width + seqs.batch;
 }
 
 // Visibility by one comparison: a query at position t sees the key that ends at e iff 0 <= t - e < span.
@@ -51,6 +51,7 @@ struct KeyTile {
   Sequence seq;
   int64_t first_row;  // of the sequence's first key
   int begin;          // first key of the tile
+  int rows;           // that the tile owns, from row first_row + begin on
   SeenKeys seen;      // of the tile's keys: [seen.lo, seen.hi); none: a number that belongs to nobody
   int64_t query_lo, query_hi;  // the queries that see a key of the tile lie in [query_lo, query_hi)
 };
@@ -76,7 +77,12 @@ __device__ inline KeyTile find_key_tile(const SequenceBatch& seqs, KeyBlocks key
   const int64_t begin = int64_t{local} * width;
   const int64_t lo = max64(begin, seen.lo), hi = min64(begin + width, seen.hi);
   const bool owned = local >= 0 && lo < hi;
-  result.begin = owned ? static_cast<int>(begin) : 0;
+  const bool is_last = seqs.cu_seqlens_k == nullptr || b + 1 >= seqs.batch;
+  const int64_t end_row =
+      is_last ? seqs.key_rows : min64(seqs.key_rows, keys.first_row(max64(seqs.cu_seqlens_k[b + 1], 0)));
+  const int64_t rows = local < 0 ? 0 : max64(0, min64(width, end_row - result.first_row - begin));
+  result.rows = static_cast<int>(owned ? max64(rows, hi - begin) : rows);
+  result.begin = result.rows > 0 ? static_cast<int>(begin) : 0;
   result.seen = owned ? SeenKeys{static_cast<int>(lo), static_cast<int>(hi)} : SeenKeys{0, 0};
   // The query at position t is number t - offset.
   const int64_t offset = result.seq.position(0);

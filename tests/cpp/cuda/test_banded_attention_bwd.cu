@@ -92,7 +92,7 @@ class DeviceProblem {
   }
 
   // All but dq and the workspace.
-  nsa::BandedAttentionBwdParams params(unsigned wanted, float* dk, float* dv) const {
+  nsa::BandedAttentionBwdParams params(unsigned wanted, void* dk, void* dv) const {
     auto p = problem_.template common<nsa::BandedAttentionBwdParams>();
     p.dtype = kIsHalf<T> ? nsa::DType::kF16 : nsa::DType::kBF16;
     if (problem_.batch.offsets) p.seqs.cu_seqlens_q = cu_q_.data;
@@ -142,6 +142,28 @@ class DeviceProblem {
     return out;
   }
 
+  // dk and dv as results, NaN before: every row must be written.
+  Gradients run_results(unsigned wanted) const {
+    const auto nan = [&](int dim) {
+      return result_of(std::vector<float>(static_cast<size_t>(problem_.k.rows() * problem_.heads.kv * dim),
+                                          std::nanf("")));
+    };
+    const DeviceArray<T> dk(nan(problem_.heads.dim_qk)), dv(nan(problem_.heads.dim_v));
+    nsa::BandedAttentionBwdParams p = params(wanted, dk.data, dv.data);
+    p.grads.key_results = true;
+    if (!nsa::cuda::writes_key_results(p)) return {{}, {}, {}, "no results"};
+    const DeviceArray<float> workspace(
+        std::vector<float>(static_cast<size_t>(nsa::cuda::workspace_bytes(p) / 4), std::nanf("")));
+    p.workspace = workspace.data;
+    const nsa::Status status = nsa::cuda::banded_attention_backward(p, {});
+    const cudaError_t error = cudaDeviceSynchronize();
+    Gradients out{{}, {}, {}, status.ok() ? "" : status.message};
+    if (error != cudaSuccess) out.error = cudaGetErrorString(error);
+    for (const T x : dk.host()) out.dk.push_back(static_cast<float>(x));
+    for (const T x : dv.host()) out.dv.push_back(static_cast<float>(x));
+    return out;
+  }
+
   NaiveBackward exact() const {
     return naive_backward(problem_.batch, problem_.heads, problem_.keys, problem_.scale, problem_.q,
                           problem_.k, problem_.v, problem_.d_o, factors_, forward_);
@@ -154,6 +176,12 @@ class DeviceProblem {
     if (wanted == 7 && run(wanted) != actual) return "differs from run to run";
     std::string wrong = compare("dk", change(actual.dk), exact.dk, wanted & 2) +
                         compare("dv", change(actual.dv), exact.dv, wanted & 4);
+    if (wanted & 6) {
+      const Gradients results = run_results(wanted);
+      if (!results.error.empty()) return wrong + results.error;
+      if (wanted & 2) wrong += compare("dk as result", results.dk, exact.dk, true);
+      if (wanted & 4) wrong += compare("dv as result", results.dv, exact.dv, true);
+    }
     if (!(wanted & 1)) return wrong;
     wrong += compare("dq", actual.dq, exact.dq, true);
     if (wanted != 7) return wrong;
