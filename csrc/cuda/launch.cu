@@ -45,12 +45,15 @@ NSA_LAUNCH_BEST(selected_attention_backward, SelectedAttentionBwdParams)
 NSA_LAUNCH_PORTABLE(gated_combine_backward, GatedCombineBwdParams)
 NSA_LAUNCH_PORTABLE(attention_delta, DeltaParams)
 
-// The order lets a kernel begin while the one in front ends: the window reads nothing that the selection
-// writes, and selected attention nothing of the window before the gate, which is the end of a tile's work.
+// The order lets a kernel begin while the one in front ends: the selection reads only lse of what compressed
+// attention writes, the window nothing that the selection writes, and selected attention nothing of the
+// window before the gate, which is the end of a tile's work.
 Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   const bool hopper = use_sm90();
   Status status = banded_attention_forward(p.cmp, stream);
-  if (status.ok()) status = select_blocks(p.select, stream);
+  if (!status.ok()) return status;
+  if (!hopper || !sm90::select_blocks(p.select, stream, &status, sm90::Begin::kEarly))
+    status = portable::select_blocks(p.select, stream);
   if (!status.ok()) return status;
   if (!hopper || !sm90::banded_attention_forward(p.swa, stream, &status, sm90::Begin::kEarly))
     status = portable::banded_attention_forward(p.swa, stream);

@@ -119,7 +119,7 @@ int64_t workspace_bytes(const SelectBlocksParams& p) {
   return bytes;
 }
 
-bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status) {
+bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status, Begin begin) {
   if (p.num_selected_blocks > 64) return false;
   return with_task(p.scoring, [&]<typename T, typename Tile>(ScoresTask task) {
     TensorMaps maps;
@@ -130,6 +130,7 @@ bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* st
     task.num_selected = p.num_selected_blocks;
     task.num_initial = p.num_initial_blocks;
     task.num_local = p.num_local_blocks;
+    task.early = begin == Begin::kEarly;
     *status = launch_scores<T, Tile>(task, maps, stream);
     return true;
   });

@@ -176,7 +176,15 @@ __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CU
                                                 typename Tile::Shared& shared, int lane) {
   uint32_t q_parity = 1;
   RingPlace<2> place;
+  bool waiting = task.early;
+  const auto wait_for_lse = [&] {
+    if (!waiting) return;
+    ptx::wait_for_dependency();
+    ptx::launch_dependents();
+    waiting = false;
+  };
   for_each_item(task, [&](const ScoresItem& item) {
+    wait_for_lse();
     ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
     typename Tile::Rows& rows = shared.rows[place.slot];
     if (item.num_tiles > 0) fill_rows<Tile>(task, item, rows, lane);
@@ -196,6 +204,7 @@ __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CU
     if (item.num_tiles > 0) q_parity ^= 1;
     place.next();
   });
+  wait_for_lse();
   ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
   if (lane == 0) {
     shared.rows[place.slot].num_tiles = -1;
@@ -416,8 +425,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     shared.taps[threadIdx.x] = static_cast<float>(overlap(i, j, task.params.keys, task.params.block_size)) /
                                static_cast<float>(task.params.keys.stride);
   }
-  ptx::wait_for_dependency();
-  ptx::launch_dependents();
+  if (!task.early) {
+    ptx::wait_for_dependency();
+    ptx::launch_dependents();
+  }
   __syncthreads();
 
   if (warpgroup >= Tile::kConsumers) {

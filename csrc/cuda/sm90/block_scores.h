@@ -36,6 +36,7 @@ struct ScoresTask {
   int32_t* block_indices;  // [T, Hkv, n], or null: only scores are wanted
   // A choice takes the last (local) blocks of a query unseen, and all blocks of a query that has few.
   int num_selected, num_initial, num_local;
+  bool early;  // Begin::kEarly: only lse comes from the kernel in front
 };
 
 }  // namespace nsa::cuda::sm90

@@ -23,7 +23,8 @@ bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* 
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
                               Begin begin = Begin::kOnTime);
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
-bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status);
+bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status,
+                   Begin begin = Begin::kOnTime);
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
 // Selected attention, and the gate, whose selected branch is p.o: that is not stored where it is gate.o too.
