@@ -133,7 +133,7 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
   }
 
   // This lane's rows of a step: on their way one step ahead, all at once, for what is read is not looked at
-  // before it is needed. A row of no query reads the last one of the walk.
+  // before it is needed. A row of no query reads the first one of the walk, for nothing.
   const GroupRows group_rows(group);
   float lse[kRounds], delta[kRounds], factor[kRounds];
   int position[kRounds];
