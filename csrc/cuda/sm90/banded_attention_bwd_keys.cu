@@ -132,9 +132,10 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
     load_panels<kDimV>(base + Layout::kV, Layout::kKeys, key_maps.v, full, walk.head, row);
   }
 
-  // This lane's rows of a step: read one step ahead.
+  // This lane's rows of a step: on their way one step ahead, all at once, for what is read is not looked at
+  // before it is needed. A row of no query reads the first one of the walk, for nothing.
   const GroupRows group_rows(group);
-  float lse[kRounds], delta[kRounds];
+  float lse[kRounds], delta[kRounds], factor[kRounds];
   int position[kRounds];
   const auto read_stats = [&](int step) {
 #pragma unroll
@@ -142,16 +143,16 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
       const int row = lane + 32 * j, token = group_rows.token(row);
       const int64_t query = walk.first + int64_t{step} * walk.tokens + token;
       const bool valid = row < rows && query < tile.seq.q_len;
-      const int64_t at =
-          (tile.seq.q_begin + query) * p.shape.num_heads_q + walk.head * group + row - token * group;
-      const float factor =
-          valid && p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
-      lse[j] = (valid ? static_cast<const float*>(p.grads.lse)[at] : -kNegInf) * kLog2e - __log2f(factor);
-      delta[j] =
-          valid && factor > 0.f ? __fdividef(static_cast<const float*>(p.grads.delta)[at], factor) : 0.f;
       position[j] = valid ? position_of(tile.seq, query) : kNoPosition;
+      const int64_t at =
+          valid ? (tile.seq.q_begin + query) * p.shape.num_heads_q + walk.head * group + row - token * group
+                : (tile.seq.q_begin + walk.first) * p.shape.num_heads_q;
+      lse[j] = static_cast<const float*>(p.grads.lse)[at];
+      delta[j] = static_cast<const float*>(p.grads.delta)[at];
+      factor[j] = p.grads.d_o_scale != nullptr ? static_cast<const float*>(p.grads.d_o_scale)[at] : 1.f;
     }
   };
+  if (walk.steps == 0) return;
   RingPosition<kStages> ring;
   int step = walk.rotation;
   read_stats(step);
@@ -175,8 +176,9 @@ __device__ __forceinline__ void produce(const BandedAttentionBwdParams& p, const
 #pragma unroll
     for (int j = 0; j < kRounds; ++j) {
       const int row = lane + 32 * j;
-      s.lse[row] = lse[j];
-      s.delta[row] = delta[j];
+      const bool valid = row < rows && query + group_rows.token(row) < tile.seq.q_len;
+      s.lse[row] = valid ? lse[j] * kLog2e - __log2f(factor[j]) : -kNegInf;
+      s.delta[row] = valid && factor[j] > 0.f ? __fdividef(delta[j], factor[j]) : 0.f;
       s.position[row] = position[j];
     }
     if (partial) {
