@@ -270,8 +270,8 @@ class Decoder(nn.Module):
 
 
 class Reader:
-    """Reads tokens into a cache. On a GPU, steps of one token a sequence become one CUDA graph: else the host
-    would take longer to issue a step's kernels than the GPU to run them.
+    """Reads tokens into a cache. On the current GPU, steps of one token a sequence become one CUDA graph:
+    else the host would take longer to issue a step's kernels than the GPU to run them.
     """
 
     EAGER_STEPS = 4  # before the graph, which takes longer to make than a step
@@ -285,12 +285,12 @@ class Reader:
     @torch.no_grad()
     def __call__(self, new_tokens: Sequence[Sequence[int]]) -> Tensor:
         """Appends new tokens to each sequence of the cache; the logits [., vocab] behind the last one of
-        every sequence that got any.
+        every sequence that got any. They hold until the next call.
         """
         counts = [len(tokens) for tokens in new_tokens]
         tokens = self._to_device([t for tokens in new_tokens for t in tokens])
         with self.cache.append(counts):
-            if max(counts) == 1 and self.device.type == "cuda":
+            if max(counts) == 1 and self._is_on_current_gpu():
                 if self._eager_steps == self.EAGER_STEPS:
                     return self._replay(tokens)
                 self._eager_steps += 1
@@ -298,6 +298,10 @@ class Reader:
         if max(counts) > 1:
             x = x[self._to_device([sum(counts[: b + 1]) - 1 for b, count in enumerate(counts) if count])]
         return self.model.head(self.model.norm(x))
+
+    def _is_on_current_gpu(self) -> bool:
+        """torch.cuda.graph captures on a stream of the current one."""
+        return self.device.type == "cuda" and self.device.index == torch.cuda.current_device()
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         """Without waiting for it."""
@@ -316,10 +320,11 @@ class Reader:
         """The graph's step. It has a row for every sequence; those behind the tokens are padding."""
         if self.graph is None:
             self._tokens = tokens.new_zeros(self.cache.batch_size)
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Weights that autocast has in 16 bits are gone with its context: the graph makes its own.
-            with torch.cuda.graph(self.graph), without_autocast_cache():
+            with torch.cuda.graph(graph), without_autocast_cache():
                 self._logits = self.model.head(self.model.norm(self._read(self._tokens)))
+            self.graph = graph  # whole
         self._tokens[: len(tokens)] = tokens
         self.graph.replay()
         return self._logits[: len(tokens)]

@@ -226,7 +226,9 @@ def test_each_subset_of_gradients(device: str) -> None:
 
 @by_device
 @pytest.mark.parametrize(
-    "wanted", [(name,) for name in GRADIENTS] + [("q", "v_cmp"), ("k_swa", "gate_logits")]
+    "wanted",
+    [(name,) for name in GRADIENTS]
+    + [("q", "v_cmp"), ("q", "k_slc"), ("q", "k_swa"), ("k_swa", "gate_logits")],
 )
 def test_single_gradients_of_attention(wanted: tuple[str, ...], device: str) -> None:
     x = Inputs(Case("", (70, 45), dims=(64, 64), heads=(4, 2)), default_dtype(device), device)
