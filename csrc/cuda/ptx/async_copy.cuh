@@ -44,6 +44,11 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
+// PTX: prefetch.global.L1: the line of an address into the L1 cache.
+__device__ __forceinline__ void prefetch_l1(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory");
+}
+
 // PTX: prefetch.global.L2: the line of an address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");

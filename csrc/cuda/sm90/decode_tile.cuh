@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/common/decode_attention.cuh"
+#include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/tile/cached_sequence.cuh"
 #include "cuda/tile/warp_tile.cuh"
@@ -23,13 +24,14 @@ constexpr int kDecodeRows = 16;
 struct LaneRows {
   const char* data;  // of the head
   int64_t page_bytes, row_bytes;
-  const int32_t* pages;  // null: one page
-  unsigned page_rows;
+  const int32_t* pages;            // null: one page
+  unsigned page_rows, last_entry;  // of the table
   int num_pages, only_page, shift;
 
   __device__ LaneRows(const CachedRows& k, const CachedRows& v, int64_t b, int head, int shift, int lane)
       : pages(k.block_table == nullptr ? nullptr : k.block_table + b * k.table_width),
         page_rows(static_cast<unsigned>(k.page_rows)),
+        last_entry(static_cast<unsigned>(k.table_width) - 1),
         num_pages(static_cast<int>(k.num_pages)),
         only_page(static_cast<int>(b)),
         shift(shift) {
@@ -43,7 +45,12 @@ struct LaneRows {
   // Null for a page that does not exist.
   __device__ __forceinline__ const char* row(int key) const {
     const unsigned index = static_cast<unsigned>(key + shift), page_index = index / page_rows;
-    const int page = pages == nullptr ? only_page : pages[page_index];
+    int page = only_page;
+    if (pages != nullptr) {
+      page = pages[page_index];
+      // The warps of a thread block look up the entries behind these next: a line of 32.
+      ptx::prefetch_l1(pages + min(page_index + 32, last_entry));
+    }
     if (page < 0 || page >= num_pages) return nullptr;
     return data + page * page_bytes + static_cast<int64_t>(index - page_index * page_rows) * row_bytes;
   }

@@ -197,7 +197,9 @@ __device__ __forceinline__ void bring_keys(const Plan& plan, int head, const CUt
     ptx::barrier_wait(at(control.empty[s]), at_slot.phase ^ 1);
     if (absent > 0) ptx::barrier_arrive(at(control.empty[s]), absent);
     if (warps == 0) {
+      // Nobody else looks at this phase, and synccheck takes one that no thread waits for as an error.
       ptx::barrier_arrive(at(control.full[s]));
+      ptx::barrier_wait(at(control.full[s]), at_slot.phase);
     } else {
       const uint32_t landing = at(plan.seen[i] < kKeyTile ? control.landed[s] : control.full[s]);
       ptx::barrier_arrive_expect(landing, Layout::kTile);
