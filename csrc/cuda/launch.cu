@@ -47,10 +47,16 @@ NSA_LAUNCH_PORTABLE(attention_delta, DeltaParams)
 
 // The order lets a kernel begin while the one in front ends: the selection reads only lse of what compressed
 // attention writes, the window nothing that the selection writes, and selected attention nothing of the
-// window before the gate, which is the end of a tile's work.
+// window before the gate, which is the end of a tile's work. Compressed attention, which has ended when the
+// last kernel begins, zeroes the ticket by which that one deals out its tiles.
 Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   const bool hopper = use_sm90();
-  Status status = banded_attention_forward(p.cmp, stream);
+  Status status;
+  int* ticket = static_cast<int*>(p.workspace);
+  if (!hopper || !sm90::banded_attention_forward(p.cmp, stream, &status, sm90::Begin::kOnTime, ticket)) {
+    ticket = nullptr;
+    status = portable::banded_attention_forward(p.cmp, stream);
+  }
   if (!status.ok()) return status;
   if (!hopper || !sm90::select_blocks(p.select, stream, &status, sm90::Begin::kEarly))
     status = portable::select_blocks(p.select, stream);
@@ -58,7 +64,8 @@ Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   if (!hopper || !sm90::banded_attention_forward(p.swa, stream, &status, sm90::Begin::kEarly))
     status = portable::banded_attention_forward(p.swa, stream);
   if (!status.ok()) return status;
-  if (hopper && sm90::gated_selected_attention_forward(p.slc, p.gate, sm90::Begin::kEarly, stream, &status))
+  if (hopper &&
+      sm90::gated_selected_attention_forward(p.slc, p.gate, sm90::Begin::kEarly, ticket, stream, &status))
     return status;
   status = selected_attention_forward(p.slc, stream);
   return status.ok() ? gated_combine_forward(p.gate, stream) : status;
@@ -113,6 +120,7 @@ bool writes_key_results(const SelectedAttentionBwdParams& p) {
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }
+int64_t workspace_bytes(const AttentionFwdParams&) { return use_sm90() ? sizeof(int) : 0; }
 int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }

@@ -67,6 +67,7 @@ bool writes_key_results(const SelectedAttentionBwdParams& p);
 
 // Bytes of device memory behind Params::workspace: a function of shapes alone, 0 for none.
 int64_t workspace_bytes(const SelectBlocksParams& p);
+int64_t workspace_bytes(const AttentionFwdParams& p);  // beside those of its steps
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 int64_t workspace_bytes(const BandedBranchesBwdParams& p);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);

@@ -197,6 +197,7 @@ struct AttentionFwdParams {
   SelectedAttentionFwdParams slc;
   BandedAttentionFwdParams swa;
   GatedCombineFwdParams gate;
+  void* workspace = nullptr;  // CUDA: workspace_bytes(params) bytes; null on the CPU
 };
 
 // What no query of a sequence owns: the rows from *end_row on, which lies where the data does.

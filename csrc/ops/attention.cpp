@@ -112,9 +112,10 @@ Tensor8 forward(const Inputs& in, const SequenceArgs& sequences, const Config& c
       }
       const CombineForward combine({cmp.o, slc.o, swa.o}, in.gate_logits, call.batch.rows_q, o,
                                    end_on_device(in.q, call.batch));
-      launch(kForward, in.q.device(),
-             AttentionFwdParams{compressed.params, select.params, selected.params, window.params,
-                                combine.params});
+      AttentionFwdParams params{compressed.params, select.params, selected.params, window.params,
+                                combine.params};
+      const Tensor workspace = allocate_workspace(in.q.device(), &params);
+      launch(kForward, in.q.device(), params);
     }
   }
   return {o, block_indices, cmp.o, slc.o, swa.o, cmp.lse, slc.lse, swa.lse};

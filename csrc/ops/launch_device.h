@@ -18,6 +18,7 @@ NSA_FOR_EACH_OP(NSA_DECLARE_LAUNCH)
 // launch.
 #define NSA_FOR_EACH_WORKSPACE(X) \
   X(SelectBlocksParams)           \
+  X(AttentionFwdParams)           \
   X(BandedAttentionBwdParams)     \
   X(BandedBranchesBwdParams)      \
   X(SelectedAttentionBwdParams)   \

@@ -93,6 +93,7 @@ struct BandedPlan {
   int part;       // tokens of a warpgroup: 64 / G
   float scale;    // with log2(e) in it
   bool early;     // Begin::kEarly, for the window alone
+  int* zeroed;    // or null: set to 0
 };
 
 // Where the tile with this number lies in the ring, and the parity of its pass over it.
@@ -489,6 +490,7 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
   }
   if (!kWindow || !plan.early) {
     ptx::wait_for_dependency();
+    if (plan.zeroed != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *plan.zeroed = 0;
     ptx::launch_dependents();
   }
   __syncthreads();
@@ -508,7 +510,8 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
 }
 
 template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
-bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status, Begin begin) {
+bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status, Begin begin,
+                   int* zeroed) {
   using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
   const int heads = p.shape.num_heads_kv;
   BandedPlan plan;
@@ -531,6 +534,7 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
   plan.visible = {static_cast<int>(p.keys.block), static_cast<int>(p.keys.stride),
                   static_cast<int>(min64(p.window, kMax))};
   plan.early = begin == Begin::kEarly;
+  plan.zeroed = zeroed;
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
   *status =
@@ -542,13 +546,15 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
 }  // namespace
 
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
-                              Begin begin) {
-  return dispatch_kernels(
-      p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
-        if (p.window > 0)
-          return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(p, stream, status, begin);
-        return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(p, stream, status, begin);
-      });
+                              Begin begin, int* zeroed) {
+  return dispatch_kernels(p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v,
+                          [&]<typename T, int kDimQK, int kDimV>() {
+                            if (p.window > 0)
+                              return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(
+                                  p, stream, status, begin, nullptr);
+                            return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(
+                                p, stream, status, begin, zeroed);
+                          });
 }
 
 }  // namespace nsa::cuda::sm90

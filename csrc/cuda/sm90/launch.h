@@ -20,17 +20,19 @@ bool begin_banded_branches_backward(const BandedBranchesBwdParams& p, const Stre
 int64_t workspace_bytes(const BandedBranchesBwdParams& p);
 int64_t workspace_bytes(const BandedAttentionBwdParams& p);
 bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* status);
+// zeroed, or null: what it sets to 0 meanwhile; not for a window.
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
-                              Begin begin = Begin::kOnTime);
+                              Begin begin = Begin::kOnTime, int* zeroed = nullptr);
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status,
                    Begin begin = Begin::kOnTime);
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
 // Selected attention, and the gate, whose selected branch is p.o: that is not stored where it is gate.o too.
-// It may begin early if what chose the blocks has ended when the kernel in front lets it begin.
+// It may begin early if what chose the blocks has ended when the kernel in front lets it begin. ticket, or
+// null: deals out the tiles; 0 since before the kernel in front began.
 bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
-                                      Begin begin, const Stream& stream, Status* status);
+                                      Begin begin, int* ticket, const Stream& stream, Status* status);
 // What selected_attention_backward needs of block_indices alone: it can be made beside other kernels, and is
 // in the workspace.
 enum class Lists { kMissing, kPrepared };

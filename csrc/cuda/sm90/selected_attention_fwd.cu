@@ -317,7 +317,7 @@ constexpr int64_t kMaxCachedBytes = int64_t{24} << 20;
 
 template <typename T, int kDimQK, int kDimV, int kKeys, int kGroups>
 bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
-                     const Stream& stream, Status* status) {
+                     int* ticket, const Stream& stream, Status* status) {
   using S = SelectedShared<kDimQK, kDimV, kKeys, kGroups>;
   const RowPlan plan(p.shape.group(), kGroups * S::kRows);
   const int64_t words = ceil_div(ceil_div(p.seqs.max_seqlen_k, p.block_size), 32);
@@ -346,7 +346,7 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdP
     return false;
   }
   const int64_t bytes = p.seqs.key_rows * heads_kv * (kDimQK + kDimV) * static_cast<int64_t>(sizeof(T));
-  const TileOrder order{static_cast<int>(num_tiles), heads_kv, bytes <= kMaxCachedBytes};
+  const TileOrder order{static_cast<int>(num_tiles), heads_kv, bytes <= kMaxCachedBytes, ticket};
   const int64_t grid = min64(num_tiles * heads_kv, device_attribute(cudaDevAttrMultiProcessorCount));
   *status = launch_chained(
       "selected_attention_fwd_sm90", selected_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kGroups>,
@@ -357,7 +357,7 @@ bool launch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdP
 }
 
 bool dispatch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate, Begin begin,
-                       const Stream& stream, Status* status) {
+                       int* ticket, const Stream& stream, Status* status) {
   const int64_t l = p.block_size;
   if ((l != 32 && l != 64 && l != 128) || p.shape.group() > 64 || p.num_selected_blocks > 64 ||
       p.seqs.total_q > INT32_MAX / 2 || p.seqs.key_rows > INT32_MAX / 2) {
@@ -365,22 +365,22 @@ bool dispatch_selected(const SelectedAttentionFwdParams& p, const GatedCombineFw
   }
   return dispatch_kernels(
       p.dtype, p.shape.head_dim_qk, p.shape.head_dim_v, [&]<typename T, int kDimQK, int kDimV>() {
-        if (l == 32) return launch_selected<T, kDimQK, kDimV, 32, 2>(p, gate, begin, stream, status);
+        if (l == 32) return launch_selected<T, kDimQK, kDimV, 32, 2>(p, gate, begin, ticket, stream, status);
         // Three warpgroups share a load among more tokens; queries of 192 columns would leave no ring.
         constexpr int kGroups = kDimQK <= 128 ? 3 : 2;
-        return launch_selected<T, kDimQK, kDimV, 64, kGroups>(p, gate, begin, stream, status);
+        return launch_selected<T, kDimQK, kDimV, 64, kGroups>(p, gate, begin, ticket, stream, status);
       });
 }
 
 }  // namespace
 
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status) {
-  return dispatch_selected(p, {}, Begin::kOnTime, stream, status);
+  return dispatch_selected(p, {}, Begin::kOnTime, nullptr, stream, status);
 }
 
 bool gated_selected_attention_forward(const SelectedAttentionFwdParams& p, const GatedCombineFwdParams& gate,
-                                      Begin begin, const Stream& stream, Status* status) {
-  return dispatch_selected(p, gate, begin, stream, status);
+                                      Begin begin, int* ticket, const Stream& stream, Status* status) {
+  return dispatch_selected(p, gate, begin, ticket, stream, status);
 }
 
 }  // namespace nsa::cuda::sm90

@@ -124,14 +124,18 @@ __device__ __forceinline__ void for_each_tile(const S& shared, int lane, const V
 // the L2 cache together, heads take turns, from the end of the sequence, where unions are longest, to its
 // begin, and back and forth over the blocks: none gets the longest tile of every round, and the last ones are
 // short. Else one head comes after another, so that its keys stay there, in opposite directions: who got the
-// longer tiles of one gets the shorter ones of the next, and the last ones of all are short.
+// longer tiles of one gets the shorter ones of the next, and the last ones of all are short. By a ticket, who
+// is done takes the next one: not all SMs are equally fast, nor do all begin at the same time.
 struct TileOrder {
   int num_tiles, num_heads;
   bool heads_take_turns;
+  int* ticket;  // or null; 0 at first
 
   __device__ __forceinline__ int num_items() const { return num_tiles * num_heads; }
-  // The item of this thread block that follows.
-  __device__ __forceinline__ int next(int item) const {
+  // The item of this thread block that follows; by one warp.
+  __device__ __forceinline__ int next(int item, int lane) const {
+    if (ticket != nullptr)
+      return __shfl_sync(~0u, lane == 0 ? static_cast<int>(gridDim.x) + atomicAdd(ticket, 1) : 0, 0);
     if (!heads_take_turns) return item + gridDim.x;
     return item + 1 + 2 * (item / gridDim.x & 1 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   }
@@ -151,7 +155,7 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
                                            int lane) {
   uint32_t index = 0;
 #pragma unroll 1
-  for (int item = blockIdx.x;; item = order.next(item)) {
+  for (int item = blockIdx.x;; item = order.next(item, lane)) {
     const bool end = item >= order.num_items();
     SequenceTile tile{};
     if (!end) tile = find_sequence_tile(p.seqs, order.tile(item), rows.tokens);
