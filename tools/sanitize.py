@@ -112,6 +112,11 @@ RACES = (
         pairs(("fill_rows", "consume")),
     ),
     Races(
+        "select_blocks_sm90",
+        "Hopper scores and selection: one sequence",
+        pairs(("fill_rows", "select")),
+    ),
+    Races(
         "selected_attention_fwd_sm90",
         "selected attention on Hopper equals the naive loops for every group",
         pairs(

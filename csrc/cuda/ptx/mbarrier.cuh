@@ -80,4 +80,12 @@ __device__ __forceinline__ void named_barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// PTX: bar.arrive: they are counted among those that meet, but do not wait. The condition is the same for a
+// warp; no branch.
+__device__ __forceinline__ void named_barrier_arrive_if(int number, int threads, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bar.arrive %0, %1;\n}" ::"r"(number),
+               "r"(threads), "r"(static_cast<int>(condition))
+               : "memory");
+}
+
 }  // namespace nsa::cuda::ptx

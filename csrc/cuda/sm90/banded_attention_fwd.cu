@@ -396,9 +396,21 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
   };
 
+  // In a window, products are issued in turn, so that one warpgroup multiplies while another is in its
+  // softmax; all have the same tiles. The last one begins by giving the first its turn, and ends by giving it
+  // none.
+  constexpr int kTurns = 1 + Layout::kConsumers;  // the first of the named barriers
+  const bool last = consumer + 1 == Layout::kConsumers;
+  const auto wait_for_turn = [&] {
+    if (kWindow) ptx::named_barrier_sync(kTurns + consumer, 256);
+  };
+  const auto pass_turn = [&](bool condition) {
+    if (kWindow) ptx::named_barrier_arrive_if(kTurns + (last ? 0 : consumer + 1), 256, condition);
+  };
   clear_idle_rows<kDimQK, Layout>(base, plan.part * plan.group, thread, consumer);
   wait_for_queries(0);
   bool stop = item_of(0).stop;
+  pass_turn(last && !stop);
   if (!stop) {
     wait_for_keys(Ring(0));
     ptx::wgmma_fence();
@@ -422,9 +434,11 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
       wait_for_values(Ring(tiles), left);
       wait_for_keys(Ring(tiles + 1));
       --left;
+      wait_for_turn();
       ptx::wgmma_fence();
       multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
       multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
+      pass_turn(true);
       started = true;
       ptx::wgmma_wait<1>();
       ptx::pin_registers(s);
@@ -444,6 +458,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
 
     wait_for_values(Ring(tiles), 0);
+    wait_for_turn();
     ptx::wgmma_fence();
     multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
     ++count;
@@ -453,6 +468,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     // Behind the last item, these scores are of stale keys, and nobody reads them.
     ptx::wgmma_fence();
     multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
+    pass_turn(!(last && stop));
     ptx::wgmma_wait<1>();
     ptx::pin_registers(o);
     release(Layout::kEmptyV, Ring(tiles));

@@ -1,7 +1,7 @@
 // The Hopper launchers of block scores and the selection: which kernel, which chunk of queries.
-#include "cuda/sm90/block_scores.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/select_blocks.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace nsa::cuda::sm90 {
@@ -22,24 +22,24 @@ int padded_heads(int group, int dim) {
   return group > 2 || dim == 192 ? 4 : 2;
 }
 
-// f<T, Tile>() -> bool.
+// f<T, kDim, kHeads>() -> bool.
 template <typename F>
-bool dispatch_tiles(const BlockScoresParams& p, F&& f) {
-  const auto with_dtype = [&]<typename Tile>() {
-    if (p.dtype == DType::kBF16) return f.template operator()<__nv_bfloat16, Tile>();
-    if (p.dtype == DType::kF16) return f.template operator()<__half, Tile>();
+bool dispatch_shapes(const BlockScoresParams& p, F&& f) {
+  const auto with_heads = [&]<int kDim, int kHeads>() {
+    if (p.dtype == DType::kBF16) return f.template operator()<__nv_bfloat16, kDim, kHeads>();
+    if (p.dtype == DType::kF16) return f.template operator()<__half, kDim, kHeads>();
     return false;
   };
   const auto with_dim = [&]<int kDim>() {
     switch (padded_heads(p.shape.group(), kDim)) {
       case 16:
-        return with_dtype.template operator()<ScoresTile<kDim, 16>>();
+        return with_heads.template operator()<kDim, 16>();
       case 8:
-        return with_dtype.template operator()<ScoresTile<kDim, 8>>();
+        return with_heads.template operator()<kDim, 8>();
       case 4:
-        return with_dtype.template operator()<ScoresTile<kDim, 4>>();
+        return with_heads.template operator()<kDim, 4>();
       default:
-        if constexpr (kDim < 192) return with_dtype.template operator()<ScoresTile<kDim, 2>>();
+        if constexpr (kDim < 192) return with_heads.template operator()<kDim, 2>();
         return false;
     }
   };
@@ -49,25 +49,39 @@ bool dispatch_tiles(const BlockScoresParams& p, F&& f) {
   return false;
 }
 
-// What the shapes say of a task, f<T, Tile>(task) -> bool; false where there is no kernel.
+// The tile of select_blocks_sm90: two pipelines where warpgroups and stages can be shared out.
+template <int kDim, int kHeads, typename One = ScoresConfig<kDim, kHeads, 1>>
+using SelectTile = ScoresTile<kDim, kHeads, (One::kWarpgroups % 2 == 0 && One::kStages % 2 == 0 ? 2 : 1)>;
+
+// What the shapes say of a task, f<T, Tile, kSelect>(task) -> bool; false where there is no kernel. kSelect:
+// the scores are only wanted for a choice that select_blocks_sm90 makes.
 template <typename F>
-bool with_task(const BlockScoresParams& p, F&& f) {
+bool with_task(const BlockScoresParams& p, bool choosing, F&& f) {
   const int64_t l = p.keys.block, d = p.keys.stride, group = p.shape.group();
   if (d % 8 || (d & (d - 1)) || l % d || l > 64 || p.block_size % d || p.seqs.total_q == 0) return false;
   if ((p.block_size != 32 && p.block_size != 64 && p.block_size != 128) || group > 64) return false;
-  return dispatch_tiles(p, [&]<typename T, typename Tile>() {
-    ScoresTask task{};
-    task.params = p;
-    task.passes = group <= 16 ? 1 : group <= 32 ? 2 : 4;
-    if (task.passes > Tile::kConsumers) return false;
-    task.tokens = Tile::kConsumers / task.passes * Tile::kTokens;
-    task.block_log2 = log2_of(p.block_size);
-    task.stride_log2 = log2_of(d);
-    task.per_block_log2 = task.block_log2 - task.stride_log2;
-    task.before = static_cast<int>(l / d) - 1;
-    task.common_weights = task.before == 1 && task.per_block_log2 == 2;
-    task.num_tiles = static_cast<int>(num_sequence_tiles(p.seqs, task.tokens));
-    return f.template operator()<T, Tile>(task);
+  const bool common_weights = l == 2 * d && p.block_size == 4 * d;
+  return dispatch_shapes(p, [&]<typename T, int kDim, int kHeads>() {
+    const auto with_tile = [&]<typename Tile, bool kSelect>() {
+      ScoresTask task{};
+      task.params = p;
+      task.passes = group <= 16 ? 1 : group <= 32 ? 2 : 4;
+      if (task.passes > Tile::kConsumers) return false;
+      task.tokens = Tile::kConsumers / task.passes * Tile::kTokens;
+      task.block_log2 = log2_of(p.block_size);
+      task.stride_log2 = log2_of(d);
+      task.per_block_log2 = task.block_log2 - task.stride_log2;
+      task.before = static_cast<int>(l / d) - 1;
+      task.common_weights = common_weights;
+      task.num_tiles = static_cast<int>(num_sequence_tiles(p.seqs, task.tokens));
+      return f.template operator()<T, Tile, kSelect>(task);
+    };
+    // Four warpgroups of 16 tokens have no registers for it.
+    if constexpr (kHeads != 8 || kDim == 192) {
+      if (choosing && common_weights && group <= 16)
+        return with_tile.template operator()<SelectTile<kDim, kHeads>, true>();
+    }
+    return with_tile.template operator()<ScoresTile<kDim, kHeads, 1>, false>();
   });
 }
 
@@ -83,37 +97,47 @@ bool make_maps(const BlockScoresParams& p, TensorMaps* maps) {
                          kScoresKeys, 1);
 }
 
+template <typename Tile>
 int64_t num_blocks(const ScoresTask& task) {
-  return min64(static_cast<int64_t>(task.num_tiles) * task.params.shape.num_heads_kv, kMaxBlocks);
+  const int64_t items = static_cast<int64_t>(task.num_tiles) * task.params.shape.num_heads_kv;
+  return min64(ceil_div(items, Tile::kPipelines), kMaxBlocks);
 }
 
-template <typename T, typename Tile>
+template <typename T, typename Tile, bool kSelect>
 Status launch_scores(const ScoresTask& task, const TensorMaps& maps, const Stream& stream) {
-  const int64_t blocks = min64(num_blocks(task), device_attribute(cudaDevAttrMultiProcessorCount));
-  return launch_chained("block_scores_sm90", block_scores_sm90<T, Tile>, dim3(static_cast<unsigned>(blocks)),
-                        Tile::kThreads, Tile::kSharedBytes, stream, task, maps.q, maps.k);
+  const int64_t blocks = min64(num_blocks<Tile>(task), device_attribute(cudaDevAttrMultiProcessorCount));
+  const auto launch_kernel = [&](const char* name, auto kernel) {
+    return launch_chained(name, kernel, dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
+                          Tile::kSharedBytes, stream, task, maps.q, maps.k);
+  };
+  if constexpr (kSelect) {
+    return launch_kernel("select_blocks_sm90", select_blocks_sm90<T, Tile>);
+  } else {
+    return launch_kernel("block_scores_sm90", block_scores_sm90<T, Tile>);
+  }
 }
 
-// Rows of scores in the workspace begin at a multiple of 16 bytes.
-int64_t scores_pitch(const SelectBlocksParams& p) { return round_up(max64(p.scoring.num_blocks, 1), 4); }
+// Rows of scores in the workspace begin at a multiple of 16 bytes, and hold what whole key tiles score.
+int64_t scores_pitch(const SelectBlocksParams& p) { return round_up(max64(p.scoring.num_blocks, 1), 16); }
 
 }  // namespace
 
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status) {
-  return with_task(p, [&]<typename T, typename Tile>(ScoresTask task) {
+  return with_task(p, false, [&]<typename T, typename Tile, bool kSelect>(ScoresTask task) {
     TensorMaps maps;
     if (!make_maps<Tile>(p, &maps)) return false;
     task.scores = static_cast<float*>(p.scores);
     task.pitch = p.num_blocks;
-    *status = launch_scores<T, Tile>(task, maps, stream);
+    *status = launch_scores<T, Tile, kSelect>(task, maps, stream);
     return true;
   });
 }
 
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   int64_t bytes = 0;
-  with_task(p.scoring, [&]<typename T, typename Tile>(const ScoresTask& task) {
-    bytes = num_blocks(task) * task.tokens * scores_pitch(p) * static_cast<int64_t>(sizeof(float));
+  with_task(p.scoring, true, [&]<typename T, typename Tile, bool kSelect>(const ScoresTask& task) {
+    bytes = num_blocks<Tile>(task) * Tile::kPipelines * task.tokens * scores_pitch(p) *
+            static_cast<int64_t>(sizeof(float));
     return true;
   });
   return bytes;
@@ -121,7 +145,7 @@ int64_t workspace_bytes(const SelectBlocksParams& p) {
 
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status, Begin begin) {
   if (p.num_selected_blocks > 64) return false;
-  return with_task(p.scoring, [&]<typename T, typename Tile>(ScoresTask task) {
+  return with_task(p.scoring, true, [&]<typename T, typename Tile, bool kSelect>(ScoresTask task) {
     TensorMaps maps;
     if (!make_maps<Tile>(p.scoring, &maps)) return false;
     task.scores = static_cast<float*>(p.workspace);
@@ -131,7 +155,7 @@ bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* st
     task.num_initial = p.num_initial_blocks;
     task.num_local = p.num_local_blocks;
     task.early = begin == Begin::kEarly;
-    *status = launch_scores<T, Tile>(task, maps, stream);
+    *status = launch_scores<T, Tile, kSelect>(task, maps, stream);
     return true;
   });
 }

@@ -2,10 +2,10 @@
 // token) pairs its columns, in the order [head][token]. A thread then holds all heads of its tokens: the sum
 // over the heads of a group is a sum over its registers.
 //
-// A block takes adjacent tokens of one KV head. One warp fetches tiles of compressed keys into a ring, one
-// the queries, one what is to know of each row; each consumer warpgroup multiplies every key tile with its
-// queries, takes 2^(score - lse), sums over the heads, and hands the sums of a tile over in shared memory,
-// where neighbouring compressed blocks become selection blocks.
+// A pipeline, of which a block has one or two, takes adjacent tokens of one KV head. One warp fetches tiles
+// of compressed keys into a ring, one the queries and what is to know of each row; each consumer warpgroup
+// multiplies every key tile with its queries, takes 2^(score - lse), sums over the heads, and hands the sums
+// of a tile over in shared memory, where neighbouring compressed blocks become selection blocks.
 #pragma once
 
 #include "cuda/ptx/async_copy.cuh"
@@ -21,12 +21,12 @@
 
 namespace nsa::cuda::sm90 {
 
-template <int kDim_, int kHeads_>
-struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
-  using Config = ScoresConfig<kDim_, kHeads_>;
+template <int kDim_, int kHeads_, int kPipelines_>
+struct ScoresTile : ScoresConfig<kDim_, kHeads_, kPipelines_> {
+  using Config = ScoresConfig<kDim_, kHeads_, kPipelines_>;
   static constexpr int kDim = kDim_, kHeads = kHeads_;
   static constexpr int kOctets = Config::kTokens / 8;
-  static constexpr int kThreads = (Config::kConsumers + 1) * 128;
+  static constexpr int kThreads = (Config::kWarpgroups + 1) * 128;
   static constexpr int kLsePitch = 36;  // of the 32 columns of a thread: quads read without bank conflicts
   static constexpr int kSumPitch = kScoresHalo + kScoresKeys + 4;  // neither do they write with any
 
@@ -40,14 +40,14 @@ struct ScoresTile : ScoresConfig<kDim_, kHeads_> {
     int num_tiles;                                                   // -1: there are no more items
   };
   struct Shared {
-    alignas(1024) unsigned char q[Config::kConsumers][swizzled_tile_bytes<kDim_>(kScoresColumns)];
-    alignas(1024) unsigned char k[Config::kStages][swizzled_tile_bytes<kDim_>(kScoresKeys)];
-    alignas(16) float sums[Config::kConsumers][2][Config::kTokens][kSumPitch];
-    Rows rows[2];
+    alignas(1024) unsigned char q[Config::kWarpgroups][swizzled_tile_bytes<kDim_>(kScoresColumns)];
+    alignas(1024) unsigned char k[kPipelines_][Config::kStages][swizzled_tile_bytes<kDim_>(kScoresKeys)];
+    alignas(16) float sums[Config::kWarpgroups][2][Config::kTokens][kSumPitch];
+    Rows rows[kPipelines_][2];
     float taps[kScoresMaxTaps];
-    uint64_t q_full[Config::kConsumers], q_empty[Config::kConsumers];
-    uint64_t k_full[Config::kStages], k_empty[Config::kStages];
-    uint64_t rows_full[2], rows_empty[2];
+    uint64_t q_full[Config::kWarpgroups], q_empty[Config::kWarpgroups];
+    uint64_t k_full[kPipelines_][Config::kStages], k_empty[kPipelines_][Config::kStages];
+    uint64_t rows_full[kPipelines_][2], rows_empty[kPipelines_][2];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -84,32 +84,39 @@ __device__ __forceinline__ ScoresItem scores_item(const ScoresTask& task, int in
   return item;
 }
 
-// The items of this block, in snake order over items that get shorter.
-template <typename Visit>
-__device__ __forceinline__ void for_each_item(const ScoresTask& task, const Visit& visit) {
+// Where the scores of a pipeline's items begin in the workspace of a choice, in pipelines.
+__device__ __forceinline__ int pipeline_number(int pipeline) {
+  return static_cast<int>(gridDim.x) * pipeline + static_cast<int>(blockIdx.x);
+}
+
+// The items of a pipeline, in snake order over items that get shorter. The second one of a block begins with
+// the shortest, so that the two are at different places of items of different lengths.
+template <typename Tile, typename Visit>
+__device__ __forceinline__ void for_each_item(const ScoresTask& task, int pipeline, const Visit& visit) {
   const int total = task.num_tiles * task.params.shape.num_heads_kv;
-  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  bool backwards = false;
+  const int workers = static_cast<int>(gridDim.x) * Tile::kPipelines, worker = pipeline_number(pipeline);
+  const int rounds = (total + workers - 1) / workers;
 #pragma unroll 1
-  for (int begin = 0; begin < total; begin += grid, backwards = !backwards) {
-    const int index = begin + (backwards ? grid - 1 - block : block);
+  for (int i = 0; i < rounds; ++i) {
+    const int round = pipeline == 0 ? i : rounds - 1 - i;
+    const int index = round * workers + (round % 2 ? workers - 1 - worker : worker);
     if (index < total) visit(scores_item(task, index));
   }
 }
 
 template <typename Tile>
 __device__ __forceinline__ void produce_keys(const ScoresTask& task, const CUtensorMap* map,
-                                             typename Tile::Shared& shared) {
+                                             typename Tile::Shared& shared, int pipeline) {
   RingPlace<Tile::kStages> place;
-  for_each_item(task, [&](const ScoresItem& item) {
+  for_each_item<Tile>(task, pipeline, [&](const ScoresItem& item) {
     if (item.num_tiles == 0) return;
     int row = static_cast<int>(task.params.keys.first_row(item.tile.seq.k_begin));
 #pragma unroll 1
     for (int i = 0; i < item.num_tiles; ++i, row += kScoresKeys, place.next()) {
-      const uint32_t full = ptx::shared_address(&shared.k_full[place.slot]);
-      ptx::barrier_wait(ptx::shared_address(&shared.k_empty[place.slot]), place.parity ^ 1);
-      ptx::barrier_arrive_expect(full, sizeof(shared.k[0]));
-      const uint32_t k = ptx::shared_address(shared.k[place.slot]);
+      const uint32_t full = ptx::shared_address(&shared.k_full[pipeline][place.slot]);
+      ptx::barrier_wait(ptx::shared_address(&shared.k_empty[pipeline][place.slot]), place.parity ^ 1);
+      ptx::barrier_arrive_expect(full, sizeof(shared.k[0][0]));
+      const uint32_t k = ptx::shared_address(shared.k[pipeline][place.slot]);
 #pragma unroll
       for (int panel = 0; panel < Tile::kDim / kPanel; ++panel)
         ptx::bulk_load_3d(k + panel * kScoresKeys * kPanelPitch, map, full, panel * kPanel, item.head, row);
@@ -121,15 +128,16 @@ __device__ __forceinline__ void produce_keys(const ScoresTask& task, const CUten
 template <typename Tile>
 __device__ __forceinline__ void load_queries(const ScoresTask& task, const ScoresItem& item,
                                              const CUtensorMap* map, typename Tile::Shared& shared,
-                                             uint32_t parity) {
+                                             int pipeline, uint32_t parity) {
 #pragma unroll 1
   for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-    const uint32_t full = ptx::shared_address(&shared.q_full[consumer]);
+    const int warpgroup = pipeline * Tile::kConsumers + consumer;
+    const uint32_t full = ptx::shared_address(&shared.q_full[warpgroup]);
     const int team = consumer / task.passes, pass = consumer - team * task.passes;
     const int row = static_cast<int>(item.tile.seq.q_begin) + item.tile.begin + team * Tile::kTokens;
-    ptx::barrier_wait(ptx::shared_address(&shared.q_empty[consumer]), parity);
+    ptx::barrier_wait(ptx::shared_address(&shared.q_empty[warpgroup]), parity);
     ptx::barrier_arrive_expect(full, sizeof(shared.q[0]));
-    const uint32_t q = ptx::shared_address(shared.q[consumer]);
+    const uint32_t q = ptx::shared_address(shared.q[warpgroup]);
 #pragma unroll
     for (int panel = 0; panel < Tile::kDim / kPanel; ++panel) {
       ptx::bulk_load_4d(q + panel * kScoresColumns * kPanelPitch, map, full, panel * kPanel, row,
@@ -173,7 +181,7 @@ __device__ __forceinline__ void fill_rows(const ScoresTask& task, const ScoresIt
 // By one warp. Rows lie up to two items ahead, so they never keep the queries waiting.
 template <typename Tile>
 __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CUtensorMap* map,
-                                                typename Tile::Shared& shared, int lane) {
+                                                typename Tile::Shared& shared, int pipeline, int lane) {
   uint32_t q_parity = 1;
   RingPlace<2> place;
   bool waiting = task.early;
@@ -183,10 +191,10 @@ __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CU
     ptx::launch_dependents();
     waiting = false;
   };
-  for_each_item(task, [&](const ScoresItem& item) {
+  for_each_item<Tile>(task, pipeline, [&](const ScoresItem& item) {
     wait_for_lse();
-    ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
-    typename Tile::Rows& rows = shared.rows[place.slot];
+    ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[pipeline][place.slot]), place.parity ^ 1);
+    typename Tile::Rows& rows = shared.rows[pipeline][place.slot];
     if (item.num_tiles > 0) fill_rows<Tile>(task, item, rows, lane);
     if (lane == 0) {
       rows.first_row = item.tile.seq.q_begin + item.tile.begin;
@@ -197,18 +205,18 @@ __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CU
     }
     __syncwarp();
     if (lane == 0) {
-      ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
-      if (item.num_tiles > 0) load_queries<Tile>(task, item, map, shared, q_parity);
+      ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[pipeline][place.slot]));
+      if (item.num_tiles > 0) load_queries<Tile>(task, item, map, shared, pipeline, q_parity);
     }
     __syncwarp();
     if (item.num_tiles > 0) q_parity ^= 1;
     place.next();
   });
   wait_for_lse();
-  ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[place.slot]), place.parity ^ 1);
+  ptx::barrier_wait(ptx::shared_address(&shared.rows_empty[pipeline][place.slot]), place.parity ^ 1);
   if (lane == 0) {
-    shared.rows[place.slot].num_tiles = -1;
-    ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[place.slot]));
+    shared.rows[pipeline][place.slot].num_tiles = -1;
+    ptx::barrier_arrive(ptx::shared_address(&shared.rows_full[pipeline][place.slot]));
   }
 }
 
@@ -245,34 +253,90 @@ __device__ __forceinline__ void write_scores(const ScoresTask& task, const typen
   }
 }
 
+// What a choice for the tokens of a team needs beside their scores.
+template <typename Tile>
+struct RowsToChoose {
+  ChoiceCounts counts;
+  int64_t out_pitch;
+  int32_t* out;  // of the first token
+  int first_position, num_blocks, block_log2;
+  int count;  // tokens
+
+  __device__ __forceinline__ RowsToChoose(const ScoresTask& task, const typename Tile::Rows& rows,
+                                          int first_token)
+      : counts{task.num_selected, task.num_initial, task.num_local},
+        out_pitch(static_cast<int64_t>(task.params.shape.num_heads_kv) * task.num_selected),
+        out(task.block_indices + (rows.first_row + first_token) * out_pitch +
+            static_cast<int64_t>(rows.head) * task.num_selected),
+        first_position(rows.first_position + first_token),
+        num_blocks(static_cast<int>(task.params.num_blocks)),
+        block_log2(task.block_log2),
+        count(min(rows.count - first_token, Tile::kTokens)) {}
+
+  __device__ __forceinline__ int own_block(int token) const {
+    const int t = first_position + token;
+    return t < 0 ? -1 : min(t >> block_log2, num_blocks - 1);
+  }
+};
+
+// The choice for tokens [begin, end), one by one, from scores [token][pitch].
+template <typename Tile>
+__device__ __forceinline__ void choose_singly(const RowsToChoose<Tile>& choice, int begin, int end,
+                                              const float* scores, int64_t pitch, Candidates& kept,
+                                              int lane) {
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    choose_blocks<1>(scores + i * pitch, pitch, choice.own_block(i), choice.counts,
+                     choice.out + i * choice.out_pitch, choice.out_pitch, kept, lane);
+  }
+}
+
 // The choice for the tokens of a team, from scores [token][pitch], by its warps, kChoiceRows queries each.
 template <typename Tile>
 __device__ __forceinline__ void choose(const ScoresTask& task, const typename Tile::Rows& rows,
                                        int first_token, const float* scores, Candidates& kept, int warp,
                                        int lane) {
-  const BlockScoresParams& p = task.params;
-  const ChoiceCounts counts{task.num_selected, task.num_initial, task.num_local};
-  const int64_t out_pitch = static_cast<int64_t>(p.shape.num_heads_kv) * task.num_selected;
-  int32_t* out = task.block_indices + (rows.first_row + first_token) * out_pitch +
-                 static_cast<int64_t>(rows.head) * task.num_selected;
-  const int first_position = rows.first_position + first_token;
-  const auto own_block = [&](int token) {
-    const int t = first_position + token;
-    return t < 0 ? -1 : min(t >> task.block_log2, static_cast<int>(p.num_blocks) - 1);
-  };
-  const int count = min(rows.count - first_token, Tile::kTokens);
+  const RowsToChoose<Tile> choice(task, rows, first_token);
 #pragma unroll 1
-  for (int token = warp * kChoiceRows; token < count; token += 4 * task.passes * kChoiceRows) {
-    const int end = min(token + kChoiceRows, count), own = own_block(token);
-    if (end - token == kChoiceRows && own_block(end - 1) == own) {
-      choose_blocks<kChoiceRows>(scores + token * task.pitch, task.pitch, own, counts,
-                                 out + token * out_pitch, out_pitch, kept, lane);
-      continue;
+  for (int token = warp * kChoiceRows; token < choice.count; token += 4 * task.passes * kChoiceRows) {
+    const int end = min(token + kChoiceRows, choice.count), own = choice.own_block(token);
+    if (end - token == kChoiceRows && choice.own_block(end - 1) == own) {
+      choose_blocks<kChoiceRows>(scores + token * task.pitch, task.pitch, own, choice.counts,
+                                 choice.out + token * choice.out_pitch, choice.out_pitch, kept, lane);
+    } else {
+      choose_singly(choice, token, end, scores, task.pitch, kept, lane);
     }
-#pragma unroll 1
-    for (int i = token; i < end; ++i) {
-      choose_blocks<1>(scores + i * task.pitch, task.pitch, own_block(i), counts, out + i * out_pitch,
-                       out_pitch, kept, lane);
+  }
+}
+
+// S^T of a key tile and the queries of a warpgroup.
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply_keys(float (&acc)[kScoresColumns / 2], uint32_t k, uint32_t q) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int d = 0; d < Tile::kDim; d += 16) {
+    ptx::wgmma_shared<T, kScoresColumns>(acc, k_major_descriptor(k, kScoresKeys, d),
+                                         k_major_descriptor(q, kScoresColumns, d), d > 0);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(acc);
+}
+
+// The sums of 2^(score - lse) over the heads, [octet of tokens][key + 8 *][token + 1 *]. minus_lse: of a
+// thread's columns.
+template <typename Tile>
+__device__ __forceinline__ void sum_heads(float (&sum)[Tile::kOctets][2][2],
+                                          const float (&acc)[kScoresColumns / 2], const float4* minus_lse,
+                                          float scale) {
+#pragma unroll
+  for (int o = 0; o < kScoresColumns / 8; ++o) {
+    const float4 two = minus_lse[o / 2];
+    const float lse0 = o % 2 ? two.z : two.x, lse1 = o % 2 ? two.w : two.y;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[o % Tile::kOctets][h][0] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h], scale, lse0));
+      sum[o % Tile::kOctets][h][1] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h + 1], scale, lse1));
     }
   }
 }
@@ -280,6 +344,7 @@ __device__ __forceinline__ void choose(const ScoresTask& task, const typename Ti
 template <typename T, typename Tile>
 __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::Shared& shared, int consumer,
                                         int thread) {
+  static_assert(Tile::kPipelines == 1);
   constexpr int kOctets = Tile::kOctets;
   const BlockScoresParams& p = task.params;
   const int lane = thread & 31, warp = thread >> 5, quad = lane >> 2, column = lane & 3;
@@ -307,8 +372,8 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
 
 #pragma unroll 1
   while (true) {
-    const typename Tile::Rows& rows = shared.rows[rows_place.slot];
-    ptx::barrier_wait(ptx::shared_address(&shared.rows_full[rows_place.slot]), rows_place.parity);
+    const typename Tile::Rows& rows = shared.rows[0][rows_place.slot];
+    ptx::barrier_wait(ptx::shared_address(&shared.rows_full[0][rows_place.slot]), rows_place.parity);
     const int num_tiles = rows.num_tiles;
     if (num_tiles < 0) break;
     float* out = task.scores;
@@ -326,37 +391,18 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
       float acc[kScoresColumns / 2];
-      ptx::barrier_wait(ptx::shared_address(&shared.k_full[place.slot]), place.parity);
-      const uint32_t k = ptx::shared_address(shared.k[place.slot]);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int d = 0; d < Tile::kDim; d += 16) {
-        ptx::wgmma_shared<T, kScoresColumns>(acc, k_major_descriptor(k, kScoresKeys, d),
-                                             k_major_descriptor(q, kScoresColumns, d), d > 0);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(acc);
+      ptx::barrier_wait(ptx::shared_address(&shared.k_full[0][place.slot]), place.parity);
+      multiply_keys<T, Tile>(acc, ptx::shared_address(shared.k[0][place.slot]), q);
       if (lane == 0) {
-        ptx::barrier_arrive(ptx::shared_address(&shared.k_empty[place.slot]));
+        ptx::barrier_arrive(ptx::shared_address(&shared.k_empty[0][place.slot]));
         if (tile + 1 == num_tiles) ptx::barrier_arrive(ptx::shared_address(&shared.q_empty[consumer]));
       }
       place.next();
 
       float sum[kOctets][2][2] = {};  // [octet of tokens][key + 8 *][token + 1 *]
-      const float4* minus_lse =
-          reinterpret_cast<const float4*>(rows.minus_lse[consumer] + column * Tile::kLsePitch);
-#pragma unroll
-      for (int o = 0; o < kScoresColumns / 8; ++o) {
-        const float4 two = minus_lse[o / 2];
-        const float lse0 = o % 2 ? two.z : two.x, lse1 = o % 2 ? two.w : two.y;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          sum[o % kOctets][h][0] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h], scale, lse0));
-          sum[o % kOctets][h][1] += ptx::exp2_approx(fmaf(acc[4 * o + 2 * h + 1], scale, lse1));
-        }
-      }
-
+      sum_heads<Tile>(sum, acc,
+                      reinterpret_cast<const float4*>(rows.minus_lse[consumer] + column * Tile::kLsePitch),
+                      scale);
       const int key = tile * kScoresKeys + warp * 16 + quad;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
@@ -391,31 +437,31 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
       if (num_tiles > 0) ptx::named_barrier_sync(1 + team, 128 * task.passes);  // they may be overwritten
     }
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[rows_place.slot]));
+    if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&shared.rows_empty[0][rows_place.slot]));
     rows_place.next();
   }
 }
 
-template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    block_scores_sm90(const __grid_constant__ ScoresTask task, const __grid_constant__ CUtensorMap q_map,
-                      const __grid_constant__ CUtensorMap k_map) {
-  extern __shared__ unsigned char dynamic[];
-  typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(
-      dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024);
-  const int warpgroup = threadIdx.x / 128;
+// A block: consume(warpgroup) by each consumer warpgroup, and what brings it keys, queries and rows.
+template <typename Tile, typename Consume>
+__device__ __forceinline__ void run_pipelines(const ScoresTask& task, const CUtensorMap* q_map,
+                                              const CUtensorMap* k_map, typename Tile::Shared& shared,
+                                              const Consume& consume) {
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same in all lanes
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kConsumers; ++i) {
+    for (int i = 0; i < Tile::kWarpgroups; ++i) {
       ptx::barrier_init(ptx::shared_address(&shared.q_full[i]), 1);
       ptx::barrier_init(ptx::shared_address(&shared.q_empty[i]), 4);
     }
-    for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.k_full[i]), 1);
-      ptx::barrier_init(ptx::shared_address(&shared.k_empty[i]), 4 * Tile::kConsumers);
-    }
-    for (int i = 0; i < 2; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.rows_full[i]), 1);
-      ptx::barrier_init(ptx::shared_address(&shared.rows_empty[i]), 4 * Tile::kConsumers);
+    for (int pipeline = 0; pipeline < Tile::kPipelines; ++pipeline) {
+      for (int i = 0; i < Tile::kStages; ++i) {
+        ptx::barrier_init(ptx::shared_address(&shared.k_full[pipeline][i]), 1);
+        ptx::barrier_init(ptx::shared_address(&shared.k_empty[pipeline][i]), 4 * Tile::kConsumers);
+      }
+      for (int i = 0; i < 2; ++i) {
+        ptx::barrier_init(ptx::shared_address(&shared.rows_full[pipeline][i]), 1);
+        ptx::barrier_init(ptx::shared_address(&shared.rows_empty[pipeline][i]), 4 * Tile::kConsumers);
+      }
     }
     ptx::barrier_init_fence();
   }
@@ -431,15 +477,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   __syncthreads();
 
-  if (warpgroup >= Tile::kConsumers) {
+  if (warpgroup == Tile::kWarpgroups) {
     ptx::release_registers<Tile::kOtherRegisters>();
-    const int warp = threadIdx.x / 32 - Tile::kConsumers * 4, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) produce_keys<Tile>(task, &k_map, shared);
-    if (warp == 1) produce_queries<Tile>(task, &q_map, shared, lane);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, pipeline = warp / 2;
+    if (pipeline < Tile::kPipelines) {
+      if (warp % 2 == 0 && lane == 0) produce_keys<Tile>(task, k_map, shared, pipeline);
+      if (warp % 2 == 1) produce_queries<Tile>(task, q_map, shared, pipeline, lane);
+    }
   } else {
     ptx::claim_registers<Tile::kConsumerRegisters>();
-    consume<T, Tile>(task, shared, warpgroup, threadIdx.x % 128);
+    consume(warpgroup);
   }
+}
+
+template <typename Tile>
+__device__ __forceinline__ typename Tile::Shared& aligned_shared(unsigned char* dynamic) {
+  return *reinterpret_cast<typename Tile::Shared*>(dynamic +
+                                                   (1024 - ptx::shared_address(dynamic) % 1024) % 1024);
+}
+
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    block_scores_sm90(const __grid_constant__ ScoresTask task, const __grid_constant__ CUtensorMap q_map,
+                      const __grid_constant__ CUtensorMap k_map) {
+  extern __shared__ unsigned char dynamic[];
+  typename Tile::Shared& shared = aligned_shared<Tile>(dynamic);
+  run_pipelines<Tile>(task, &q_map, &k_map, shared,
+                      [&](int warpgroup) { consume<T, Tile>(task, shared, warpgroup, threadIdx.x % 128); });
 }
 
 }  // namespace nsa::cuda::sm90

@@ -12,16 +12,20 @@ constexpr int kScoresHalo = 8;                     // sums kept from the tile be
 constexpr int kScoresMaxTaps = 24;                 // compressed blocks that touch a selection block
 
 // kHeads: what the heads of a group are padded to; larger groups take several warpgroups, a team.
-template <int kDim, int kHeads>
+// kPipelines: the warpgroups of a block share every key tile, or form two pipelines, each with items,
+// producers and a ring of its own.
+template <int kDim, int kHeads, int kPipelines_>
 struct ScoresConfig {
   static constexpr int kTokens = kScoresColumns / kHeads;
+  static constexpr int kPipelines = kPipelines_;
   // Few products are enough in flight when four warpgroups take turns between tensor cores and exponentials.
   // Shared memory allows fewer where a warpgroup has many tokens or Q is wide.
-  static constexpr int kConsumers = kDim == 192 ? 2 : kHeads >= 8 ? 4 : kHeads == 4 || kDim == 64 ? 3 : 2;
-  static constexpr int kStages = kDim == 64 ? 6 : kDim == 128 && kHeads != 8 ? 4 : 3;
+  static constexpr int kWarpgroups = kDim == 192 ? 2 : kHeads >= 8 ? 4 : kHeads == 4 || kDim == 64 ? 3 : 2;
+  static constexpr int kConsumers = kWarpgroups / kPipelines;  // of a pipeline
+  static constexpr int kStages = (kDim == 64 ? 6 : kDim == 128 && kHeads != 8 ? 4 : 3) / kPipelines;
   // The pool is what the launch gives to each thread, times the threads.
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 144 : 208;
-  static constexpr int kOtherRegisters = kConsumers == 4 ? 64 : 80;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 104 : kWarpgroups == 3 ? 144 : 208;
+  static constexpr int kOtherRegisters = kWarpgroups == 4 ? 64 : 80;
 };
 
 struct ScoresTask {

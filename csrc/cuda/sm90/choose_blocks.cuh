@@ -163,6 +163,7 @@ __device__ __forceinline__ void write_above(int32_t* out, int k, int begin, int 
                                             const Key& key, const Index& index, int lane) {
   const auto count_reaching = [&](int v) {
     int n = 0;
+#pragma unroll 1
     for (int i = begin + lane; i < end; i += 32) n += key(i) >= v;
     return __reduce_add_sync(~0u, n);
   };
@@ -212,6 +213,31 @@ __device__ __forceinline__ void choose_with_care(const float* scores, int begin,
   __syncwarp();
 }
 
+// The bound from the maxima of 32 disjoint parts of each row, one a lane.
+template <int kRows>
+__device__ __forceinline__ void find_bounds(int (&high)[kRows], int k, int lane) {
+  sort_lanes(high, lane);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) high[r] = max(__shfl_sync(~0u, high[r], k - 1), 0);
+}
+
+// The k best of each row, from its candidates where there are not too many.
+template <int kRows>
+__device__ __forceinline__ void write_best(const ScoreRows<kRows>& rows, int k, int32_t* out,
+                                           int64_t out_pitch, const int (&held)[kRows], Candidates& kept,
+                                           int lane) {
+  write_ranked(out, out_pitch, k, held, kept, lane);
+  unsigned too_many = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) too_many |= held[r] > kMaxRanked ? 1u << r : 0;
+  __syncwarp();
+#pragma unroll 1
+  for (; too_many; too_many &= too_many - 1) {
+    const int r = __ffs(too_many) - 1;
+    choose_with_care(rows.scores + r * rows.pitch, rows.begin, rows.end, k, out + r * out_pitch, kept, lane);
+  }
+}
+
 // The k best of kRows rows, k <= kMaxLaneChoice.
 template <int kRows>
 __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k, int32_t* out,
@@ -227,20 +253,77 @@ __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k,
     for (int r = 0; r < kRows; ++r)
       bound[r] = max(max(bound[r], key[r][0]), max(max(key[r][1], key[r][2]), key[r][3]));
   }
-  sort_lanes(bound, lane);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) bound[r] = max(__shfl_sync(~0u, bound[r], k - 1), 0);
+  find_bounds(bound, k, lane);
   compact<kRows, kMaxRanked>(rows, bound, kept, held, lane);
-  write_ranked(out, out_pitch, k, held, kept, lane);
-  unsigned too_many = 0;
+  write_best(rows, k, out, out_pitch, held, kept, lane);
+}
+
+// The same of rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1; the maxima of
+// 32 disjoint parts of each row are known.
+template <int kRows>
+__device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows, int padded_end,
+                                                    int (&high)[kRows], int k, int32_t* out,
+                                                    int64_t out_pitch, Candidates& kept, int lane) {
+  constexpr int kAhead = 2;  // chunks on their way
+  int4 chunks[kAhead][kRows];
+  const auto load = [&](int slot, int chunk) {
+    const int i = chunk + 4 * lane;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) too_many |= held[r] > kMaxRanked ? 1u << r : 0;
-  __syncwarp();
+    for (int r = 0; r < kRows; ++r) {
+      chunks[slot][r] = i < padded_end ? *reinterpret_cast<const int4*>(rows.scores + r * rows.pitch + i)
+                                       : make_int4(-1, -1, -1, -1);
+    }
+  };
+#pragma unroll
+  for (int slot = 0; slot < kAhead; ++slot) load(slot, slot * kChunk);
+  find_bounds(high, k, lane);
+  const unsigned lower_lanes = (1u << lane) - 1;
+  int held[kRows] = {};
+  const auto keep_candidates = [&](int r, int4 four, int chunk) {
+    const int key[4] = {four.x, four.y, four.z, four.w};
+    int* const keys = kept.key + r * kMaxRanked;
+    int* const indices = kept.index + r * kMaxRanked;
+    bool reaches[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) reaches[e] = key[e] >= high[r];
+    const bool left = reaches[0] || reaches[1], right = reaches[2] || reaches[3];
+    const unsigned lanes = __ballot_sync(~0u, left || right);
+    if (lanes == 0) return;
+    int at = held[r];
+    // Usually no lane has more than one.
+    if (!__any_sync(~0u, (reaches[0] && reaches[1]) || (reaches[2] && reaches[3]) || (left && right))) {
+      at += __popc(lanes & lower_lanes);
+      held[r] += __popc(lanes);
+      if ((left || right) && at < kMaxRanked) {
+        keys[at] = left ? (reaches[0] ? key[0] : key[1]) : (reaches[2] ? key[2] : key[3]);
+        indices[at] = chunk + 4 * lane + (left ? (reaches[0] ? 0 : 1) : (reaches[2] ? 2 : 3));
+      }
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const unsigned reach = __ballot_sync(~0u, reaches[e]);
+      at += __popc(reach & lower_lanes);
+      held[r] += __popc(reach);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (reaches[e] && at < kMaxRanked) keys[at] = key[e], indices[at] = chunk + 4 * lane + e;
+      at += reaches[e];
+    }
+  };
 #pragma unroll 1
-  for (; too_many; too_many &= too_many - 1) {
-    const int r = __ffs(too_many) - 1;
-    choose_with_care(rows.scores + r * rows.pitch, rows.begin, rows.end, k, out + r * out_pitch, kept, lane);
+  for (int begin = 0; begin < padded_end; begin += kAhead * kChunk) {
+#pragma unroll
+    for (int slot = 0; slot < kAhead; ++slot) {
+      const int chunk = begin + slot * kChunk;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) keep_candidates(r, chunks[slot][r], chunk);
+      load(slot, chunk + kAhead * kChunk);
+    }
   }
+  __syncwarp();
+  write_best(rows, k, out, out_pitch, held, kept, lane);
 }
 
 // What a choice is told.
@@ -249,11 +332,11 @@ struct ChoiceCounts {
 };
 
 // Writes the rows of block_indices of kRows queries whose last block is `own` (-1: they have none). scores:
-// of their blocks, rows 16-byte aligned.
-template <int kRows>
+// of their blocks, rows 16-byte aligned. best(rows, k, out) finds the k best of them, k <= kMaxLaneChoice.
+template <int kRows, typename Best>
 __device__ __forceinline__ void choose_blocks(const float* scores, int64_t pitch, int own,
                                               const ChoiceCounts& counts, int32_t* out, int64_t out_pitch,
-                                              Candidates& kept, int lane) {
+                                              Candidates& kept, int lane, const Best& best) {
   const int initial = min(counts.num_initial, own + 1), local = max(initial, own + 1 - counts.num_local);
   const int n = counts.num_selected, count = local - initial, k = min(n - initial - (own + 1 - local), count);
   // A slot of the row holds a forced block, one of the k best, or nothing.
@@ -267,12 +350,22 @@ __device__ __forceinline__ void choose_blocks(const float* scores, int64_t pitch
   }
   if (k == count || k <= 0) return;
   if (k <= kMaxLaneChoice) {
-    choose_best(ScoreRows<kRows>{scores, pitch, initial, local}, k, out + initial, out_pitch, kept, lane);
+    best(ScoreRows<kRows>{scores, pitch, initial, local}, k, out + initial);
   } else {
 #pragma unroll 1
     for (int r = 0; r < kRows; ++r)
       choose_with_care(scores + r * pitch, initial, local, k, out + r * out_pitch + initial, kept, lane);
   }
+}
+
+template <int kRows>
+__device__ __forceinline__ void choose_blocks(const float* scores, int64_t pitch, int own,
+                                              const ChoiceCounts& counts, int32_t* out, int64_t out_pitch,
+                                              Candidates& kept, int lane) {
+  choose_blocks<kRows>(scores, pitch, own, counts, out, out_pitch, kept, lane,
+                       [&](const ScoreRows<kRows>& rows, int k, int32_t* chosen) {
+                         choose_best(rows, k, chosen, out_pitch, kept, lane);
+                       });
 }
 
 }  // namespace nsa::cuda::sm90

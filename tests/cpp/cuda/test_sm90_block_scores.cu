@@ -291,6 +291,14 @@ TEST_CASE("Hopper selection: many blocks wanted, and ties", "[sm90][scores]") {
   check<__nv_bfloat16>(lengths, {16, 1, 128, 32, 16, 64, true}, {{64, 1, 2}, {16, 1, 2}, {3, 0, 0}});
 }
 
+TEST_CASE("Hopper selection: long rows, and neighbours with different blocks", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  const Lengths lengths{{9, 150}, {40001, 9003}, 3, 16};
+  for (const int dim : {64, 128, 192})
+    check<__nv_bfloat16>(lengths, {16, 1, dim, 32, 16, 64}, {{16, 1, 2}, {24, 0, 0}, {7, 5, 1}});
+  check<__half>(lengths, {4, 2, 128, 32, 16, 64}, {{16, 1, 2}, {24, 0, 0}});
+}
+
 TEST_CASE("Hopper selection: nothing to do", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
   check<__nv_bfloat16>({{0, 0}, {0, 64}, 3, 64}, {16, 1, 128, 32, 16, 64}, {{4, 1, 2}});
