@@ -109,12 +109,12 @@ RACES = (
     Races(
         "block_scores_sm90",
         "Hopper scores and selection: one sequence",
-        pairs(("fill_rows", "consume")),
+        pairs(("fill_rows", "consume"), ("fill_rows", "sum_heads")),
     ),
     Races(
         "select_blocks_sm90",
         "Hopper scores and selection: one sequence",
-        pairs(("fill_rows", "select")),
+        pairs(("fill_rows", "select"), ("fill_rows", "sum_heads")),
     ),
     Races(
         "selected_attention_fwd_sm90",
