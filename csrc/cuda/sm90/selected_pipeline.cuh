@@ -37,6 +37,7 @@ struct SelectedControl {
   uint64_t list_full[2], list_empty[2];
   uint32_t k_issued, v_issued;  // parts whose loads are under way or done, counted over all tiles
   ChosenTile tiles[2];
+  int last_item;  // of the warp that lists tiles
 };
 
 // The number of slots, with what a division by it takes.
@@ -132,10 +133,9 @@ struct TileOrder {
   int* ticket;  // or null; 0 at first
 
   __device__ __forceinline__ int num_items() const { return num_tiles * num_heads; }
-  // The item of this thread block that follows; by one warp.
-  __device__ __forceinline__ int next(int item, int lane) const {
-    if (ticket != nullptr)
-      return __shfl_sync(~0u, lane == 0 ? static_cast<int>(gridDim.x) + atomicAdd(ticket, 1) : 0, 0);
+  // The item of this thread block that follows; by one thread.
+  __device__ __forceinline__ int next(int item) const {
+    if (ticket != nullptr) return static_cast<int>(gridDim.x) + atomicAdd(ticket, 1);
     if (!heads_take_turns) return item + gridDim.x;
     return item + 1 + 2 * (item / gridDim.x & 1 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   }
@@ -154,14 +154,20 @@ __device__ __forceinline__ void list_tiles(const SelectedAttentionFwdParams& p, 
                                            const RowPlan& rows, const UnionPlan& plan, const TileOrder& order,
                                            int lane) {
   uint32_t index = 0;
+  // This warp has few registers: what it keeps over a union goes through shared memory.
+  int& last_item = shared.control->last_item;
+  if (lane == 0) last_item = -1;
 #pragma unroll 1
-  for (int item = blockIdx.x;; item = order.next(item, lane)) {
+  while (true) {
+    ptx::barrier_wait(at(shared.control->list_empty[index & 1]), ~index >> 1 & 1);
+    __syncwarp();
+    if (lane == 0) last_item = last_item < 0 ? blockIdx.x : order.next(last_item);
+    __syncwarp();
+    const int item = last_item;
     const bool end = item >= order.num_items();
     SequenceTile tile{};
     if (!end) tile = find_sequence_tile(p.seqs, order.tile(item), rows.tokens);
     if (!end && tile.count == 0) continue;
-    ptx::barrier_wait(at(shared.control->list_empty[index & 1]), ~index >> 1 & 1);
-    // The fields go through shared memory: this warp has few registers.
     ChosenTile& chosen = shared.control->tiles[index & 1];
     if (lane == 0) {
       chosen = {end ? kNoMoreTiles : 0,
