@@ -49,12 +49,6 @@ __device__ __forceinline__ void prefetch_l1(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory");
 }
 
-// No instruction: the compiler keeps x in a register instead of computing it again where it is used.
-__device__ __forceinline__ int keep(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // PTX: prefetch.global.L2: the line of an address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");

@@ -27,6 +27,12 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// No instruction: the compiler keeps x in a register instead of computing it again where it is used.
+__device__ __forceinline__ int keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Keeps the compiler from moving reads and writes of these registers over this point; no instruction.
 template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&r)[kCount]) {
