@@ -57,6 +57,7 @@ __device__ __forceinline__ void claim_registers() {
 #define NSA_ACC_64(i) NSA_ACC_32(i), NSA_ACC_32(i + 32)
 #define NSA_ACC_16(i) NSA_ACC_8(i), NSA_ACC_8(i + 8)
 #define NSA_ACC_96(i) NSA_ACC_64(i), NSA_ACC_32(i + 64)
+#define NSA_ACC_40(i) NSA_ACC_32(i), NSA_ACC_8(i + 32)
 #define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
 #define NSA_ACC_128(i) NSA_ACC_64(i), NSA_ACC_64(i + 64)
 #define NSA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -68,6 +69,12 @@ __device__ __forceinline__ void claim_registers() {
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \
   "%16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define NSA_REGISTERS_40                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39"
 #define NSA_REGISTERS_64                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, "         \
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \
@@ -153,16 +160,18 @@ constexpr bool kIsHalf<__half> = true;
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_shared(float (&acc)[kN / 2], uint64_t a_desc, uint64_t b_desc,
                                              bool accumulate) {
-  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 176 || kN == 256);
+  static_assert(kN == 32 || kN == 64 || kN == 80 || kN == 128 || kN == 176 || kN == 256);
   if constexpr (kIsHalf<T>) {
     if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "f16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "f16", "%32", "%33", "%34");
+    if constexpr (kN == 80) NSA_WGMMA_SHARED(80, 40, "f16", "%40", "%41", "%42");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "f16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "f16", "%88", "%89", "%90");
     if constexpr (kN == 256) NSA_WGMMA_SHARED(256, 128, "f16", "%128", "%129", "%130");
   } else {
     if constexpr (kN == 32) NSA_WGMMA_SHARED(32, 16, "bf16", "%16", "%17", "%18");
     if constexpr (kN == 64) NSA_WGMMA_SHARED(64, 32, "bf16", "%32", "%33", "%34");
+    if constexpr (kN == 80) NSA_WGMMA_SHARED(80, 40, "bf16", "%40", "%41", "%42");
     if constexpr (kN == 128) NSA_WGMMA_SHARED(128, 64, "bf16", "%64", "%65", "%66");
     if constexpr (kN == 176) NSA_WGMMA_SHARED(176, 88, "bf16", "%88", "%89", "%90");
     if constexpr (kN == 256) NSA_WGMMA_SHARED(256, 128, "bf16", "%128", "%129", "%130");
@@ -247,6 +256,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const
 #undef NSA_REGISTERS_8
 #undef NSA_REGISTERS_16
 #undef NSA_REGISTERS_32
+#undef NSA_REGISTERS_40
 #undef NSA_REGISTERS_64
 #undef NSA_REGISTERS_88
 #undef NSA_REGISTERS_96
@@ -254,6 +264,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const
 #undef NSA_ACC_8
 #undef NSA_ACC_16
 #undef NSA_ACC_32
+#undef NSA_ACC_40
 #undef NSA_ACC_64
 #undef NSA_ACC_88
 #undef NSA_ACC_96

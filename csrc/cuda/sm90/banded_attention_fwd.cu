@@ -568,7 +568,7 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
                             if (p.window > 0)
                               return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(
                                   p, stream, status, begin, nullptr);
-                            return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 64 : 128), false>(
+                            return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 80 : 128), false>(
                                 p, stream, status, begin, zeroed);
                           });
 }

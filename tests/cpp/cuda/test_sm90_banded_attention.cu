@@ -192,7 +192,7 @@ TEMPLATE_TEST_CASE("Hopper banded attention equals the naive loops for every hea
 TEST_CASE("Hopper banded attention at the ends of its tiles", "[sm90][banded]") {
   if (!is_hopper()) return;
   const Heads heads{16, 1, 128, 128};
-  for (const int edge : {0, 64, 128, 176, 192, 256, 352, 512, 528}) {
+  for (const int edge : {0, 64, 80, 128, 160, 176, 192, 240, 256, 352, 400, 512, 528}) {
     for (const int keys : {edge - 1, edge, edge + 1}) {
       if (keys < 1) continue;
       for (const int queries : {1, 17}) {

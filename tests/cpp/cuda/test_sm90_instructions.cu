@@ -195,6 +195,7 @@ TEST_CASE("a box of more heads than the group has reads zeros for the rest", "[s
 TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
   if (!nsa_test::is_hopper()) return;
   check_products<__nv_bfloat16, 64, 64>();
+  check_products<__nv_bfloat16, 80, 128>();
   check_products<__nv_bfloat16, 128, 128>();
   check_products<__nv_bfloat16, 176, 128>();
   check_products<__nv_bfloat16, 176, 64>();
@@ -204,6 +205,7 @@ TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
   check_products<__nv_bfloat16, 64, 128, true>();
   check_products<__half, 128, 64, true>();
   check_products<__half, 64, 128>();
+  check_products<__half, 80, 64>();
   check_products<__half, 128, 64>();
   check_products<__half, 176, 128>();
 }
