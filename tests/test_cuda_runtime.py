@@ -165,6 +165,25 @@ def test_runs_on_the_current_stream() -> None:
     assert torch.equal(actual, expected)
 
 
+def test_streams_do_not_disturb_each_other() -> None:
+    """Forward and backward on several streams at a time, each with workspaces and tickets of its own."""
+    problems = []
+    for seed in range(4):
+        x = Inputs(CASE, torch.bfloat16, "cuda", seed=seed)
+        tensors, d_o = with_gradients(x)
+        problems.append((x, tensors, d_o, torch.cuda.Stream(), gradients(tensors, x, d_o)))
+    torch.cuda.synchronize()
+    for _ in range(3):
+        results = []
+        for x, tensors, d_o, stream, _ in problems:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(2_000_000)  # so that all have work before the first begins
+                results.append(gradients(tensors, x, d_o))
+        torch.cuda.synchronize()
+        for (*_, expected), actual in zip(problems, results, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_strided_and_misaligned_inputs() -> None:
     case = Case("strides", (260,), heads=(4, 1), dims=(64, 64), packed=False)
     x = Inputs(case, torch.bfloat16, "cuda")

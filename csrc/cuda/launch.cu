@@ -112,9 +112,6 @@ Status compress_backward(const CompressBwdParams& p, const Stream& stream) {
 }
 
 bool writes_key_results(const BandedAttentionBwdParams&) { return true; }
-bool writes_key_results(const SelectedAttentionBwdParams& p) {
-  return use_sm90() && sm90::writes_key_results(p);
-}
 
 // Enough for either path: which one runs is known at the launch.
 int64_t workspace_bytes(const SelectBlocksParams& p) {

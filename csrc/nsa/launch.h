@@ -63,7 +63,6 @@ NSA_FOR_EACH_OP(NSA_DECLARE_CUDA)
 // Whether AttentionGrads::key_results may be set. Neither dk nor dv, key_results and the workspace are looked
 // at.
 bool writes_key_results(const BandedAttentionBwdParams& p);
-bool writes_key_results(const SelectedAttentionBwdParams& p);
 
 // Bytes of device memory behind Params::workspace: a function of shapes alone, 0 for none.
 int64_t workspace_bytes(const SelectBlocksParams& p);

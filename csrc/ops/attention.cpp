@@ -246,7 +246,6 @@ Tensor8 attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k_c
     const BandedBranch swa{k_swa, v_swa, KeyBlocks{}, window_size, branches[2]};
     SelectedBackward slc(call, k_slc, v_slc, block_indices, block_size, branches[1]);
     branches[0].key_results = writes_key_results(call, cmp);
-    branches[1].key_results = !call.batch.empty() && slc.writes_key_results();
     branches[2].key_results = writes_key_results(call, swa);
     std::vector<bool> keys_written;
     for (int i = 0; i < 2 * kNumBranches; ++i) keys_written.push_back(branches[i / 2].key_results);

@@ -140,7 +140,6 @@ struct SelectedBackward {
   // grads: d_o alone is needed.
   SelectedBackward(const AttentionCall& call, const at::Tensor& k, const at::Tensor& v,
                    const at::Tensor& block_indices, int64_t block_size, const BranchGrads& grads);
-  bool writes_key_results() const;
   // What to launch, with a workspace.
   const SelectedAttentionBwdParams& with(const BranchGrads& grads);
 };

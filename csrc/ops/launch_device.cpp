@@ -54,13 +54,7 @@ void launch_cuda(const char* op, c10::Device device, Status (*launcher)(const Pa
   if (device.is_cuda()) return launch_cuda(op, device, &cuda::name, params);
 #define NSA_WORKSPACE_CUDA(params) \
   if (device.is_cuda()) bytes = cuda::workspace_bytes(params);
-#define NSA_KEY_RESULTS_CUDA(params)         \
-  if (device.is_cuda()) {                    \
-    c10::cuda::CUDAGuard guard(device);      \
-    return cuda::writes_key_results(params); \
-  }
 #else
-#define NSA_KEY_RESULTS_CUDA(params)
 #define NSA_LAUNCH_CUDA(name)
 #define NSA_WORKSPACE_CUDA(params)
 #endif
@@ -86,12 +80,9 @@ NSA_FOR_EACH_WORKSPACE(NSA_DEFINE_WORKSPACE)
 
 bool writes_key_results([[maybe_unused]] c10::Device device,
                         [[maybe_unused]] const BandedAttentionBwdParams& params) {
-  NSA_KEY_RESULTS_CUDA(params)
-  return false;
-}
-bool writes_key_results([[maybe_unused]] c10::Device device,
-                        [[maybe_unused]] const SelectedAttentionBwdParams& params) {
-  NSA_KEY_RESULTS_CUDA(params)
+#ifdef NSA_WITH_CUDA
+  if (device.is_cuda()) return cuda::writes_key_results(params);
+#endif
   return false;
 }
 

@@ -31,6 +31,5 @@ NSA_FOR_EACH_WORKSPACE(NSA_DECLARE_WORKSPACE)
 
 // Whether the device's kernels write dk and dv as results (AttentionGrads::key_results).
 bool writes_key_results(c10::Device device, const BandedAttentionBwdParams& params);
-bool writes_key_results(c10::Device device, const SelectedAttentionBwdParams& params);
 
 }  // namespace nsa::ops

@@ -54,8 +54,6 @@ SelectedBackward::SelectedBackward(const AttentionCall& call, const at::Tensor& 
   params.grads = grads.params();
 }
 
-bool SelectedBackward::writes_key_results() const { return ops::writes_key_results(k.device(), params); }
-
 const SelectedAttentionBwdParams& SelectedBackward::with(const BranchGrads& grads) {
   params.grads = grads.params();
   workspace = allocate_workspace(k.device(), &params);
@@ -146,15 +144,11 @@ Tensor3 selected_attention_backward(const Tensor& d_o, const Tensor& q, const Te
   BranchGrads grads;
   grads.dq = empty_gradient(q, grad_mask[0]);
   const std::vector<bool> wanted{grad_mask[1], grad_mask[2]};
-  KeyGradients keys;
-  if (q.is_meta() || !(grad_mask[0] || grad_mask[1] || grad_mask[2])) {
-    keys = KeyGradients({k, v}, wanted, {false, false});
-  } else {
+  KeyGradients keys({k, v}, wanted, {false, false});
+  if (!q.is_meta() && (grad_mask[0] || grad_mask[1] || grad_mask[2])) {
     const AttentionCall call(kBackward, shape, softmax_scale, q, sequences);
     grads.d_o = as_rows(d_o);
     SelectedBackward selected(call, k, v, block_indices, block_size, grads);
-    grads.key_results = !call.batch.empty() && selected.writes_key_results();
-    keys = KeyGradients({k, v}, wanted, {grads.key_results, grads.key_results});
     grads.dk = keys[0];
     grads.dv = keys[1];
     if (!call.batch.empty()) {

@@ -41,8 +41,6 @@ bool prepare_selected_backward(const SelectedAttentionBwdParams& p, const Stream
 bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status,
                                  Lists prepared = Lists::kMissing, BandedBranchesBwdParams* next = nullptr);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
-// True only where selected_attention_backward returns true.
-bool writes_key_results(const SelectedAttentionBwdParams& p);
 bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status);
 bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const DecodeAttentionParams& p);  // 0 where decode_attention returns false

@@ -86,17 +86,7 @@ Status make_stats(const Params& p, const RowStats& stats, const Stream& stream) 
 bool prepare_selected_backward(const Params& p, const Stream& stream, Status* status) {
   if (!has_kernel(p)) return false;
   const Workspace workspace(p);
-  if (p.grads.key_results) {  // the rows of blocks that nobody chose
-    const auto clear = [&](void* gradient, int dim) {
-      if (gradient == nullptr) return;
-      const size_t bytes = static_cast<size_t>(p.seqs.key_rows) * p.shape.num_heads_kv * dim * 2;
-      cudaMemsetAsync(gradient, 0, bytes, static_cast<cudaStream_t>(stream.handle));
-    };
-    clear(p.grads.dk, p.shape.head_dim_qk);
-    clear(p.grads.dv, p.shape.head_dim_v);
-    *status = last_error("memset");
-  }
-  if (status->ok()) *status = invert_blocks(p, workspace.plan, workspace.lists, stream);
+  *status = invert_blocks(p, workspace.plan, workspace.lists, stream);
   return true;
 }
 
@@ -128,8 +118,6 @@ bool selected_attention_backward(const Params& p, const Stream& stream, Status* 
   if (next != nullptr) next->early = p.grads.dq.wanted();
   return true;
 }
-
-bool writes_key_results(const Params&) { return false; }
 
 int64_t workspace_bytes(const Params& p) { return has_kernel(p) ? Workspace(p).bytes : 0; }
 
