@@ -1,6 +1,7 @@
 """nsa::append_kv and nsa::decode_attention against the reference, on caches written by plain indexing."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -115,9 +116,9 @@ def test_without_a_sequence_all_rows_are_padding(device: str) -> None:
     assert (o == 0).all() and (block_indices == -1).all() and (lse == -float("inf")).all()
 
 
-def weights(x: Inputs, kind: str, per_head: bool, dim: int, seed: int) -> list[Tensor | None]:
+def weights(x: Inputs, kind: str, per_head: bool, hidden: int, dim: int, seed: int) -> list[Tensor | None]:
     length, heads = x.case.compress[0], x.case.heads[1] if per_head else 1
-    hidden = {"mlp": 64, "linear": dim, "mean": 0}[kind]
+    hidden = {"mlp": hidden, "linear": dim, "mean": 0}[kind]
     shapes = (
         (heads, length, dim),
         (heads, length * dim, hidden),
@@ -125,7 +126,7 @@ def weights(x: Inputs, kind: str, per_head: bool, dim: int, seed: int) -> list[T
         (heads, hidden, dim),
         (heads, dim),
     )
-    scales = (0.5, (length * dim) ** -0.5, 0.5, 0.125, 0.5)
+    scales = (0.5, (length * dim) ** -0.5, 0.5, max(hidden, 1) ** -0.5, 0.5)
     count = {"mlp": 5, "linear": 3, "mean": 0}[kind]
     return [
         x.random(seed + i, *shape) * scale if i < count else None
@@ -142,6 +143,8 @@ class Append:
     kind: str = "mlp"
     per_head: bool = False
     rotary: bool = True
+    hidden: int = 64
+    short_tail: bool = False  # so that a token takes the place of one that phi still reads
 
     def __post_init__(self) -> None:
         case, x = self.x.case, self.x
@@ -149,8 +152,12 @@ class Append:
         self.cache = CacheCase(x, self.layout, self.held)
         rows = [x.random(60 + i, case.num_keys, case.heads[1], case.dims[i % 2]) for i in range(2)]
         self.raw = rows
+        if self.short_tail:
+            self.cache.tail = case.compress[0] - 1
         self.tails = [self.cache.ring_of(r, self.cache.tail) for r in rows]
-        self.phis = [weights(x, self.kind, self.per_head, case.dims[i], 70 + 10 * i) for i in range(2)]
+        self.phis = [
+            weights(x, self.kind, self.per_head, self.hidden, case.dims[i], 70 + 10 * i) for i in range(2)
+        ]
         self.tables: list[Tensor | None] = [None, None]
         if self.rotary:
             positions = torch.arange(self.cache.page * self.cache.width)
@@ -163,8 +170,11 @@ class Append:
         parts = [rows[a + h : a + n] for a, h, n in zip(begins, self.held, lengths, strict=True)]
         return torch.cat([*parts, torch.full_like(rows[: self.x.case.pad[0]], float("nan"))])
 
-    def run(self) -> None:
-        x = self.x
+    def run(self, held: Sequence[int] | None = None) -> None:
+        """held: tokens before the step, if others than there are."""
+        x, step = self.x, self.cache.step()
+        if held is not None:
+            step["cache_seqlens"] = torch.tensor(held, dtype=torch.int32, device=x.device)
         swa = (x.keys("swa"), x.values("swa"))
         ops.append_kv(
             *self.cache.streams.values(),
@@ -174,7 +184,7 @@ class Append:
             *self.phis[0],
             *self.phis[1],
             *self.tables,
-            **self.cache.step(),
+            **step,
             compress_block_size=x.case.compress[0],
             compress_stride=x.case.compress[1],
             compress_kind=self.kind,
@@ -206,14 +216,18 @@ def test_append_kv(
 ) -> None:
     if rotary and case.dims[0] % 2:
         pytest.skip("rotary embeddings need an even head dim")
-    call = Append(Inputs(case, dtype, device), layout, kind, per_head, rotary)
+    assert_appends_like_reference(Append(Inputs(case, dtype, device), layout, kind, per_head, rotary))
+
+
+def assert_appends_like_reference(call: Append) -> None:
     call.run()
+    case, layout, dtype = call.x.case, call.layout, call.x.dtype
     after = CacheCase(call.x, layout, case.lengths)
     for name in ("k_slc_cache", "v_slc_cache", "k_swa_cache", "v_swa_cache"):
         if after.streams[name] is not None:
             assert_same_bits(name, call.cache.streams[name], after.streams[name])
     for name, tail, raw in zip(("k_tail", "v_tail"), call.tails, call.raw, strict=True):
-        assert_same_bits(name, tail, after.ring_of(raw, after.tail))
+        assert_same_bits(name, tail, after.ring_of(raw, call.cache.tail))
     for stream, name in enumerate(("k_cmp_cache", "v_cmp_cache")):
         exact, baseline = call.compressed(stream, torch.float64), call.compressed(stream, dtype)
         written, before = (c.streams[name].cpu() for c in (call.cache, CacheCase(call.x, layout, call.held)))

@@ -71,6 +71,18 @@ CACHE_TESTS = tuple(
         f"test_append_kv[shorter_than_a_block-{path}-float16-ring-mean]",
     )
 )
+# Blocks of many sequences: several slabs of rows, sets of weights and passes over the hidden columns.
+APPEND_TESTS = tuple(
+    f"tests/test_cuda_append.py::test_blocks_of_many_sequences[{path}-{case}]"
+    for path in ("cuda", "portable")
+    for case in (
+        "mlp-False-256-ring-bf16-all",
+        "mlp-True-96-ring-bf16-long_blocks",
+        "mlp-False-288-paged_ring-fp16-two_blocks",
+        "linear-False-0-ring-bf16-one",
+        "mean-False-0-ring-bf16-some",
+    )
+)
 DECODE_TESTS = tuple(test for test in CACHE_TESTS if "append_kv[" not in test)
 
 
@@ -178,7 +190,7 @@ RACES = (
     Races("compress_fwd_sm90", "phi equals the naive loops"),
     Races("selected_blocks", "block_indices turned around are the lists of who chose which block"),
     Races("_portable", tuple(test for test in TESTS if "portable" in test), launches=0),
-    Races("append_", tuple(test for test in CACHE_TESTS if "append_kv" in test), launches=0),
+    Races("append_", (*(test for test in CACHE_TESTS if "append_kv" in test), *APPEND_TESTS), launches=0),
     Races("decode_", tuple(test for test in DECODE_TESTS if "-portable-" in test), launches=0),
     # Launches of clusters take racecheck seconds each.
     *(Races("decode_attention_sm90", (test,), launches=0) for test in DECODE_TESTS if "-cuda-" in test),
@@ -305,7 +317,7 @@ class Check:
 
 
 def chosen_checks(args: argparse.Namespace) -> list[Check]:
-    tests = args.tests or [*TESTS, *CACHE_TESTS]
+    tests = args.tests or [*TESTS, *CACHE_TESTS, *APPEND_TESTS]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     programs = {"pytest": {"pytest": [*pytest, *tests]}}
     programs["catch2"] = {f"catch2 {f}": [str(args.catch2), f] for f in args.filter}

@@ -4,7 +4,7 @@
 // what costs, is split over the tokens of the block, in float: one launch for the partial sums, one that
 // finishes phi and stores the tokens (in this order: phi reads the ring that they are stored to). Longer
 // steps pack the tokens of all finished blocks and take the kernel of nsa::compress.
-#include "cuda/common/append_tokens.cuh"
+#include "cuda/portable/append_blocks.cuh"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
 #include "cuda/ptx/grid_dependency.cuh"

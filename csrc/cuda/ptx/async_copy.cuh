@@ -44,6 +44,27 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
+// PTX: ld.global under a predicate, or zeros: no branch, and here, not behind one further down.
+__device__ __forceinline__ int load_4(const void* global, bool valid) {
+  int x;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}"
+               : "=r"(x)
+               : "l"(global), "r"(static_cast<int>(valid))
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ uint4 load_16(const void* global, bool valid) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, "
+      "0;\n@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(global), "r"(static_cast<int>(valid))
+      : "memory");
+  return x;
+}
+
 // PTX: prefetch.global.L1: the line of an address into the L1 cache.
 __device__ __forceinline__ void prefetch_l1(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory");

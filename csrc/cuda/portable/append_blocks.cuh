@@ -1,5 +1,5 @@
-// A step's tokens on their way to a cache, and phi of the few blocks that they complete: what the kernels of
-// both paths share.
+// phi of the blocks that a step of a few tokens completes, block by block, and the step's tokens on their way
+// to a cache.
 //
 // The first product of phi, whose weights are what costs, is split over the tokens of a block, in float; the
 // sums over one token each go to the workspace.
@@ -8,20 +8,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/tile/cached_sequence.cuh"
+#include "cuda/common/append_stream.cuh"
 #include "nsa/launch.h"
 
-namespace nsa::cuda {
+namespace nsa::cuda::portable {
 
-constexpr int kAppendThreads = 256;
-constexpr int kAppendVector = 8;  // elements of 16 bits in 16 bytes
-constexpr int kAppendHeads = 4;   // that share one read of the weights
+constexpr int kAppendHeads = 4;  // that share one read of the weights
 constexpr int kMaxAppendHidden = 2048;
-constexpr int kMaxAppendDim = 256;
 
-using AppendStream = AppendKvParams::Stream;
-
-// The workspace of either way.
+// The workspace, of few tokens and of many.
 struct AppendPlan {
   bool packed;
   int blocks_per_sequence;  // that a step can complete
@@ -44,10 +39,6 @@ struct NewBlocks {
     return count > 0 ? static_cast<int>((count - 1) * blocks.stride + blocks.block) : 0;
   }
 };
-
-__device__ __forceinline__ const AppendStream& stream_of(const AppendKvParams& p, int index) {
-  return index == 0 ? p.k : p.v;
-}
 
 template <typename T>
 struct alignas(16) AppendPack {
@@ -141,15 +132,12 @@ __device__ __forceinline__ void write_pair(const AppendKvParams& p, T* dst, floa
                                            int64_t position, int c, int dim, bool rotated) {
   const int half = dim / 2;
   if (rotated) {
-    // phi's result is rounded before it is rotated, as everywhere.
-    x = static_cast<float>(static_cast<T>(x));
-    y = static_cast<float>(static_cast<T>(y));
     const int64_t row = min64(position, p.rotary_rows - 1) * dim + c;
     const float* cos = static_cast<const float*>(p.rotary_cos) + row;
     const float* sin = static_cast<const float*>(p.rotary_sin) + row;
-    const float turned = x * cos[0] - y * sin[0];
-    y = y * cos[half] + x * sin[half];
-    x = turned;
+    const float2 turned = rotate_compressed<T>(x, y, {cos[0], cos[half]}, {sin[0], sin[half]});
+    x = turned.x;
+    y = turned.y;
   }
   dst[c] = static_cast<T>(x);
   dst[c + half] = static_cast<T>(y);
@@ -272,4 +260,4 @@ inline int64_t place_append(const AppendKvParams& p, AppendPlan* plan, char* bas
   return used;
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::portable

@@ -1,0 +1,71 @@
+"""nsa::append_kv where a step completes blocks of many sequences, on both paths of a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CUDA_DTYPES, Case, Inputs
+from test_cache_ops import KINDS, Append, assert_appends_like_reference, assert_same_bits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_path")]
+
+# Steps that complete a block of all, some, one and none of many sequences; more rows and heads than a thread
+# block works on at a time; two blocks a sequence; blocks of one, half and two tokens for each of 16 thread
+# blocks.
+CASES = (
+    Case("all", tuple(48 + 16 * (b % 5) for b in range(32)), heads=(4, 4), dims=(128, 128)),
+    Case("all_of_130", tuple(32 + 16 * (b % 3) for b in range(130)), heads=(2, 2), dims=(64, 64)),
+    Case("some", tuple(range(33, 103)), heads=(4, 4), dims=(64, 64)),
+    Case("one", (40,) * 20 + (48,) + (40,) * 20, heads=(8, 8), dims=(192, 128)),
+    Case("none", (40,) * 40, heads=(2, 2), dims=(64, 64)),
+    Case("many_heads", (48, 64, 50), heads=(56, 56), dims=(64, 64)),
+    Case("two_blocks", (64, 96, 70) * 7, heads=(3, 3), compress=(32, 8), dims=(96, 96)),
+    Case("short_blocks", (64, 96, 72) * 7, heads=(3, 3), compress=(8, 8), dims=(128, 128)),
+    Case("long_blocks", (64, 96, 80) * 7, heads=(3, 3), compress=(64, 16), dims=(256, 256)),
+)
+CASES = tuple(
+    replace(case, queries=(16 if case.name == "two_blocks" else 1,) * len(case.lengths)) for case in CASES
+)
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+by_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=["bf16", "fp16"])
+
+
+@by_case
+@by_dtype
+@pytest.mark.parametrize(
+    ("kind", "per_head", "hidden", "layout"),
+    [
+        ("mlp", False, 256, "paged"),
+        ("mlp", False, 256, "ring"),
+        ("mlp", False, 40, "ring"),
+        ("mlp", True, 96, "ring"),
+        ("mlp", False, 288, "paged_ring"),
+        ("linear", False, 0, "ring"),
+        ("mean", False, 0, "ring"),
+    ],
+)
+def test_blocks_of_many_sequences(
+    case: Case, dtype: torch.dtype, kind: str, per_head: bool, hidden: int, layout: str
+) -> None:
+    call = Append(
+        Inputs(case, dtype, "cuda"), layout, kind, per_head, hidden=hidden, short_tail="ring" in layout
+    )
+    assert_appends_like_reference(call)
+
+
+@by_case
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_does_not_depend_on_the_other_sequences(case: Case, kind: str) -> None:
+    x = Inputs(case, torch.bfloat16, "cuda")
+    calls = [Append(x, "contiguous", kind, hidden=256) for _ in range(3)]
+    calls[0].run()
+    calls[1].run()
+    # Every seventh sequence as before, the others where a token completes no block.
+    kept = torch.arange(len(case.lengths)) % 7 == 3
+    stride = case.compress[1]
+    moved = [n if keep else n - n % stride + 1 for n, keep in zip(calls[2].held, kept, strict=True)]
+    calls[2].run(moved)
+    for name in ("k_cmp_cache", "v_cmp_cache"):
+        first, again, alone = (call.cache.streams[name].cpu() for call in calls)
+        assert_same_bits(name, first, again)
+        assert_same_bits(name, first[kept], alone[kept])
