@@ -100,6 +100,36 @@ def test_equal_scores_go_to_the_lower_blocks(length: int, device: str, dtype: to
         assert (indices[row].cpu() == torch.tensor(expected)).all(), (row, indices[row])
 
 
+class GrowingKeys(Inputs):
+    """Logits that grow along the cache: running maxima do too, and what is relative to them shrinks."""
+
+    def keys(self, branch: str) -> Tensor:
+        rows = super().keys(branch)
+        ramp = torch.linspace(0.1, 8.0, len(rows), dtype=rows.dtype, device=rows.device)
+        return rows * ramp[:, None, None]
+
+
+# More tokens and heads than a GPU has room for clusters, and several tiles of compressed keys for each warp.
+LONG_CROWD = Case(
+    "long_crowd", (4201,), queries=(16,), heads=(10, 5), dims=(128, 128), select=(16, 1, 2), window=512
+)
+
+
+@by_target
+@pytest.mark.parametrize("layout", ["contiguous", "paged_ring"])
+@pytest.mark.parametrize("inputs", [Inputs, GrowingKeys])
+@pytest.mark.parametrize(
+    "case",
+    [LONG_CROWD, *(case for case in CACHE_CASES if case.name in ("pair", "long", "g3_long"))],
+    ids=lambda case: case.name,
+)
+def test_logits_that_grow(
+    case: Case, inputs: type[Inputs], layout: str, device: str, dtype: torch.dtype
+) -> None:
+    x = inputs(case, dtype, device)
+    assert_decodes_like_reference(x, CacheCase(x, layout, case.lengths))
+
+
 KINDS = ("mlp", "linear", "mean")
 
 

@@ -9,13 +9,21 @@
 
 namespace nsa::cuda {
 
-// SlabSoftmax that rescales only when a maximum grows, which after the first tiles is seldom.
+// SlabSoftmax that rescales only when a maximum grows, which after the first tiles is seldom, and then only
+// when it grows by more than 2^kSlack in the exponentials.
 struct DecodeSoftmax {
-  float max[2] = {kNegInf, kNegInf};  // of the raw scores
+  float max[2] = {kNegInf, kNegInf};  // what is subtracted, in raw scores
   float sum[2] = {0.f, 0.f};          // of this thread's columns
 
   template <int kTiles, int kOut>
   __device__ __forceinline__ void update(float (&acc)[kTiles][4], float (&out)[kOut][4], float scale) {
+    update<0>(acc, out, scale, [](const float(&)[2]) {});
+  }
+
+  // rescaled(shrink) has to shrink what else is relative to max.
+  template <int kSlack, int kTiles, int kOut, typename Rescaled>
+  __device__ __forceinline__ void update(float (&acc)[kTiles][4], float (&out)[kOut][4], float scale,
+                                         const Rescaled& rescaled) {
     float high[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -24,18 +32,23 @@ struct DecodeSoftmax {
       for (int n = 0; n < kTiles; ++n) high[h] = fmaxf(high[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
       high[h] = quad_max(high[h]);
     }
-    if (__any_sync(~0u, high[0] > max[0] || high[1] > max[1])) {
+    const auto grows = [&](int h) {
+      return kSlack == 0 ? high[h] > max[h] : (high[h] - max[h]) * scale > kSlack;
+    };
+    if (__any_sync(~0u, grows(0) || grows(1))) {
+      float shrink[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float shrink = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
+        shrink[h] = high[h] == kNegInf ? 1.f : ptx::exp2_approx((max[h] - high[h]) * scale);
         max[h] = high[h];
-        sum[h] *= shrink;
+        sum[h] *= shrink[h];
 #pragma unroll
         for (int d = 0; d < kOut; ++d) {
-          out[d][2 * h] *= shrink;
-          out[d][2 * h + 1] *= shrink;
+          out[d][2 * h] *= shrink[h];
+          out[d][2 * h + 1] *= shrink[h];
         }
       }
+      rescaled(shrink);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -22,6 +22,18 @@ __device__ __forceinline__ void async_copy_16(uint32_t shared, const void* globa
                : "memory");
 }
 
+// What createpolicy.fractional.L2::evict_first of all accesses makes on sm_90. As a constant: a policy in a
+// register would be moved to uniform ones in front of every copy.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// cp.async under a policy of the L2 cache.
+__device__ __forceinline__ void async_copy_16(uint32_t shared, const void* global, bool valid,
+                                              uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 // The same of 4 bytes, which also go to the first-level cache.
 __device__ __forceinline__ void async_copy_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)

@@ -9,7 +9,7 @@ namespace nsa::cuda::sm90 {
 
 constexpr int kMaxDecodeCluster = 16;
 constexpr int kMaxDecodeWarps = 8;
-constexpr int kMaxDecodeStages = 4;
+constexpr int kMaxDecodeStages = 2;
 constexpr int kMaxDecodeGroup = 64;
 constexpr int kMaxDecodeSelected = 64;
 constexpr int kMaxDecodeTaps = 64;     // compressed blocks that touch a selection block
@@ -21,6 +21,7 @@ struct DecodePlan {
   // power of two), and part r / slabs of the keys.
   int cluster, slabs;
   int real_slabs;     // those that have heads
+  int first_units;    // clusters that begin at once
   int warps, stages;  // of a thread block, and of the ring of each warp
   int max_tiles;      // of compressed keys, of a sequence
   int num_blocks;     // selection blocks of a sequence
@@ -29,9 +30,10 @@ struct DecodePlan {
   int tile_shift;     // log2 of the selection blocks that begin in a tile
   int spill;
   // What a tile leaves of each head for the block scores: the weighted sums of the probabilities over the
-  // selection blocks that it reaches into, and the logit (base 2) that they are relative to.
+  // selection blocks that it reaches into, and the logit (base 2) that they are relative to. In the usual
+  // case sums of the blocks that begin in it alone (carries_spill).
   int entries;
-  int sums_pitch;  // floats of a tile: as many more as let threads of adjacent blocks read different banks
+  int sums_pitch;  // floats of a tile: as many more as let threads of adjacent tiles read different banks
   // Offsets in shared memory.
   int ring, sums, scores, slices, shared_bytes;
   float* global_sums;  // [T, Hkv, slabs, max_tiles, sums_pitch]; null: in shared memory

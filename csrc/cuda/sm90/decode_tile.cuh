@@ -23,11 +23,13 @@ constexpr int kDecodeRows = 16;
 // rows: what a lane needs to find a row, in registers. Key i is row i + shift.
 struct LaneRows {
   const char* data;  // of the head
-  int64_t page_bytes, row_bytes;
+  int64_t page_bytes;
+  unsigned row_bytes;
   const int32_t* pages;            // null: one page
   unsigned page_rows, last_entry;  // of the table
   int num_pages, only_page, shift;
 
+  LaneRows() = default;
   __device__ LaneRows(const CachedRows& k, const CachedRows& v, int64_t b, int head, int shift, int lane)
       : pages(k.block_table == nullptr ? nullptr : k.block_table + b * k.table_width),
         page_rows(static_cast<unsigned>(k.page_rows)),
@@ -40,23 +42,27 @@ struct LaneRows {
     data = static_cast<const char*>(is_value ? v.data : k.data) +
            head * (is_value ? v.stride_head : k.stride_head) * 2;
     page_bytes = (is_value ? v.stride_page : k.stride_page) * 2;
-    row_bytes = (is_value ? v.stride_row : k.stride_row) * 2;
+    row_bytes = static_cast<unsigned>((is_value ? v.stride_row : k.stride_row) * 2);
   }
-  // Null for a page that does not exist.
+  // Null for a page that does not exist. Without kCached nothing of the table stays in the L1 cache: the
+  // kernel in front may be writing it.
+  template <bool kCached = true>
   __device__ __forceinline__ const char* row(int key) const {
-    const unsigned index = static_cast<unsigned>(key + shift), page_index = index / page_rows;
+    const unsigned index = static_cast<unsigned>(key + shift);
+    const unsigned page_index = index < page_rows ? 0 : index / page_rows;
     int page = only_page;
     if (pages != nullptr) {
-      page = pages[page_index];
+      page = kCached ? pages[page_index] : __ldcg(pages + page_index);
       // The warps of a thread block look up the entries behind these next: a line of 32.
-      ptx::prefetch_l1(pages + min(page_index + 32, last_entry));
+      if (kCached) ptx::prefetch_l1(pages + min(page_index + 32, last_entry));
     }
     if (page < 0 || page >= num_pages) return nullptr;
-    return data + page * page_bytes + static_cast<int64_t>(index - page_index * page_rows) * row_bytes;
+    return data + page * page_bytes + uint64_t{row_bytes} * (index - page_index * page_rows);
   }
 };
 
-// The ring of a warp: tiles go in and come out in the same order.
+// The ring of a warp: tiles go in and come out in the same order. Nothing is read twice, so rows are the
+// first to leave the L2 cache: what else is there, code too, stays.
 template <int kDimQK, int kDimV>
 struct DecodeRing {
   static constexpr int kKTileBytes = tile_bytes<kDimQK>(kDecodeKeys);
@@ -75,11 +81,47 @@ struct DecodeRing {
     const int key = first + (lane & (kDecodeKeys - 1));
     const uint32_t tile = tiles + stage_in * kStageBytes;
     const char* source = key < end ? rows.row(key) : nullptr;
-    copy_rows<kDimQK>(tile, source, 0, lane);
-    copy_rows<kDimV>(tile + kKTileBytes, source, kDecodeKeys, lane);
+    // Mostly all rows are there, at the same distances.
+    const uint64_t from = reinterpret_cast<uint64_t>(source);
+    const uint64_t from_k = __shfl_sync(~0u, from, 0), from_v = __shfl_sync(~0u, from, kDecodeKeys);
+    const bool strided =
+        source != nullptr && from == (lane < kDecodeKeys ? from_k : from_v) +
+                                         (lane & (kDecodeKeys - 1)) * uint64_t{rows.row_bytes};
+    if (__all_sync(~0u, strided)) {
+      copy_strided<kDimQK>(tile, from_k, __shfl_sync(~0u, rows.row_bytes, 0), lane);
+      copy_strided<kDimV>(tile + kKTileBytes, from_v, __shfl_sync(~0u, rows.row_bytes, kDecodeKeys), lane);
+    } else {
+      copy_rows<kDimQK>(tile, source, 0, lane);
+      copy_rows<kDimV>(tile + kKTileBytes, source, kDecodeKeys, lane);
+    }
     ptx::barrier_arrive_after_copies(barriers + stage_in * 8);
     ++loaded;
     if (++stage_in == stages) stage_in = 0;
+  }
+
+  // Rows `from`, from + row_bytes, .., 16 bytes a lane.
+  template <int kDim>
+  __device__ __forceinline__ static void copy_strided(uint32_t tile, uint64_t from, unsigned row_bytes,
+                                                      int lane) {
+    constexpr int kChunks = kDim / 8;
+    if constexpr (32 % kChunks == 0) {
+      const int row = lane / kChunks, chunk = lane % kChunks;
+      from += uint64_t{row_bytes} * row + chunk * 16;
+      tile += row * kPitch<kDim> * 2 + chunk * 16;
+#pragma unroll
+      for (int r = 0; r < kDecodeKeys; r += 32 / kChunks)
+        ptx::async_copy_16(tile + r * kPitch<kDim> * 2,
+                           reinterpret_cast<const void*>(from + uint64_t{row_bytes} * r), true,
+                           ptx::kEvictFirst);
+    } else {
+#pragma unroll
+      for (int k = lane; k < kDecodeKeys * kChunks; k += 32) {
+        const int row = k / kChunks, chunk = k % kChunks;
+        ptx::async_copy_16(tile + row * kPitch<kDim> * 2 + chunk * 16,
+                           reinterpret_cast<const void*>(from + uint64_t{row_bytes} * row + chunk * 16), true,
+                           ptx::kEvictFirst);
+      }
+    }
   }
 
   // Rows whose addresses the lanes first, first + 1, .. have, 16 bytes a lane; null: zeros.
@@ -92,8 +134,13 @@ struct DecodeRing {
       const int row = (k + lane) / kChunks, chunk = (k + lane) % kChunks;
       const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(source), first + row);
       ptx::async_copy_16(tile + row * kPitch<kDim> * 2 + chunk * 16,
-                         reinterpret_cast<const void*>(from + (from == 0 ? 0 : chunk * 16)), from != 0);
+                         reinterpret_cast<const void*>(from + (from == 0 ? 0 : chunk * 16)), from != 0,
+                         ptx::kEvictFirst);
     }
+  }
+
+  __device__ __forceinline__ bool is_there() const {
+    return __all_sync(~0u, ptx::barrier_test(barriers + stage_out * 8, parity));
   }
 
   // The oldest tile, once it is there.
@@ -112,13 +159,15 @@ struct DecodeRing {
 // One warp's attention: rows lane / 4 and lane / 4 + 8.
 template <typename T, int kDimQK, int kDimV>
 struct DecodeWarp {
+  static constexpr int kSlack = 8;  // 2^8 is no loss in fp32 sums and 16-bit probabilities
   float out[1][kDimV / 8][4] = {};
   DecodeSoftmax softmax;
 
-  // Keys below `end`. use_scores gets 2^(scale * (score - max)).
-  template <typename UseScores>
+  // Keys below `end`. use_scores gets 2^(scale * (score - max)); raise what earlier ones shrink by where that
+  // maximum grows.
+  template <typename Raise, typename UseScores>
   __device__ __forceinline__ void attend(uint32_t q, uint32_t tile, int first, int end, float scale, int lane,
-                                         const UseScores& use_scores) {
+                                         const Raise& raise, const UseScores& use_scores) {
     float score[1][kDecodeKeys / 8][4] = {};
     multiply_transposed<T, kDimQK, kDecodeKeys, 1>(score, q, tile, lane);
     if (first + kDecodeKeys > end) {
@@ -130,7 +179,7 @@ struct DecodeWarp {
         }
       }
     }
-    softmax.update(score[0], out[0], scale);
+    softmax.update<kSlack>(score[0], out[0], scale, raise);
     use_scores(score[0]);
     multiply_probabilities<T, kDimV, kDecodeKeys, 1>(out, score,
                                                      tile + DecodeRing<kDimQK, kDimV>::kKTileBytes, lane);

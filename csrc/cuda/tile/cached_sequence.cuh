@@ -45,7 +45,8 @@ __device__ inline int64_t find_sequence(const CachedBatch& seqs, int64_t row) {
 }
 
 // The same by one warp, with the token's position: what it loads for up to 32 sequences is on its way at the
-// same time.
+// same time. Nothing of it stays in the L1 cache, so that a kernel may look before the one in front has
+// ended, and again.
 struct TokenPlace {
   int64_t b;     // -1 for padding
   int position;  // in the sequence
@@ -53,19 +54,23 @@ struct TokenPlace {
 
 __device__ inline TokenPlace find_token_by_warp(const CachedBatch& seqs, int64_t row, int lane) {
   const int batch = static_cast<int>(seqs.batch);
-  int low = 0;
-  if (seqs.cu_seqlens_q == nullptr) {
-    low = static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(seqs.total_q / seqs.batch));
-  }
-  int step = seqs.cu_seqlens_q == nullptr ? 1 : batch;
+  const bool even = seqs.cu_seqlens_q == nullptr;
+  const unsigned each = even ? static_cast<unsigned>(seqs.total_q) / static_cast<unsigned>(batch) : 0;
+  int low = even ? static_cast<int>(static_cast<unsigned>(row) / each) : 0;
+  int step = even ? 1 : batch;
   while (step > 32) {
     step = (step + 31) / 32;
     const int probe = low + lane * step;
-    const bool reached = probe < batch && seqs.cu_seqlens_q[probe] <= row;
+    const bool reached = probe < batch && __ldcg(seqs.cu_seqlens_q + probe) <= row;
     low += (max(1, __popc(__ballot_sync(~0u, reached))) - 1) * step;
   }
   const int own = low + (lane < step ? lane : 0), b = min(own, batch - 1);
-  const Sequence seq = clamped_sequence(seqs, seqs.sequence(b), seqs.cache_seqlens[b]);
+  Sequence seq{b * static_cast<int64_t>(each), each, 0, 0};
+  if (!even) {
+    seq.q_begin = __ldcg(seqs.cu_seqlens_q + b);
+    seq.q_len = __ldcg(seqs.cu_seqlens_q + b + 1) - seq.q_begin;
+  }
+  seq = clamped_sequence(seqs, seq, __ldcg(seqs.cache_seqlens + b));
   const bool found = row >= seq.q_begin && row < seq.q_begin + seq.q_len;
   const unsigned who = __ballot_sync(~0u, found);
   if (who == 0) return {-1, -1};
