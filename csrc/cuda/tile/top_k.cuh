@@ -103,6 +103,8 @@ struct BestOfBlock {
   int chosen[kThreads];
   int bound, held;
   int counts[2];
+  uint64_t few[kThreads / 32][32];  // of each warp: ranked scores, in order
+  int num_few[kThreads / 32];
 };
 
 // A score and its index as one number: the larger score, then the lower index, is larger.
@@ -114,9 +116,9 @@ struct SyncBlock {
   __device__ __forceinline__ void operator()() const { __syncthreads(); }
 };
 
-// choose_blocks by all threads of a block, or by as many as `sync` brings together: few candidates are left
-// above the k-th largest of partial maxima, and each finds its rank by comparison with all others. Small code
-// matters: a decoding step runs it cold.
+// choose_blocks by all threads of a block, or by as many as `sync` brings together, from thread 0 on: few
+// candidates are left above the k-th largest of partial maxima, and each finds its rank by comparison with
+// all others. Small code matters: a decoding step runs it cold.
 template <int kThreads, typename Sync = SyncBlock>
 __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float* scores, int own, int n,
                                                        int num_initial, int num_local,
@@ -145,16 +147,54 @@ __device__ __forceinline__ void choose_blocks_by_block(int32_t* out, const float
   high = max(high, __shfl_xor_sync(~0u, high, 1));
   if ((thread & 1) == 0) best.maxima[thread / 2] = high;
   sync();
+  // The two that have the same one share the work.
   int above = 0, reaching = 0;
 #pragma unroll 4
-  for (int i = 0; i < kMaxima; i += 4) {
-    const int4 other = *reinterpret_cast<const int4*>(&best.maxima[i]);
+  for (int i = 0; i < kMaxima / 2; i += 4) {
+    const int4 other = *reinterpret_cast<const int4*>(&best.maxima[i + (thread & 1) * (kMaxima / 2)]);
     above += (other.x > high) + (other.y > high) + (other.z > high) + (other.w > high);
     reaching += (other.x >= high) + (other.y >= high) + (other.z >= high) + (other.w >= high);
   }
+  above += __shfl_xor_sync(~0u, above, 1), reaching += __shfl_xor_sync(~0u, reaching, 1);
   if (above < k && reaching >= k) best.bound = high;  // all that write write the same
   sync();
   const int bound = best.bound;
+  // Mostly few reach it: then the first warp ranks them.
+  constexpr int kWarps = kThreads / 32;
+  const int warp = thread / 32, lane = thread % 32;
+  const unsigned lower_lanes = (1u << lane) - 1;
+  const int each = (count + kThreads - 1) / kThreads * 32, end = min(count, (warp + 1) * each);
+  int few = 0;
+#pragma unroll 2
+  for (int begin = warp * each; begin < end; begin += 32) {
+    const int i = begin + lane;
+    const bool reaches = i < end && score_key(candidates[i]) >= bound;
+    const unsigned mask = __ballot_sync(~0u, reaches);
+    const int at = few + __popc(mask & lower_lanes);
+    if (reaches && at < 32) best.few[warp][at] = ranked_score(candidates[i], i);
+    few += __popc(mask);
+  }
+  if (lane == 0) best.num_few[warp] = few;
+  sync();
+  int all = 0, from = 0, place = lane;  // the warp, and which of its candidates the lane has
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const int own = best.num_few[w];
+    all += own;
+    if (w == from && w < kWarps - 1 && place >= own) place -= own, ++from;
+  }
+  if (all <= 32) {
+    if (warp != 0) return;
+    const uint64_t own = lane < all ? best.few[from][place] : 0;
+    int rank = 0;
+#pragma unroll 4
+    for (int i = 0; i < all; ++i) rank += __shfl_sync(~0u, own, i) > own;
+    const bool chosen = lane < all && rank < k;
+    const unsigned mask = __ballot_sync(~0u, chosen);
+    if (chosen)
+      out[initial + __popc(mask & lower_lanes)] = initial + 0xffffff - static_cast<int>(own & 0xffffff);
+    return;
+  }
 #pragma unroll 1
   for (int i = thread; i < count; i += kThreads) {
     if (score_key(candidates[i]) < bound) continue;
