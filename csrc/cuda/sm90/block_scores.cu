@@ -53,6 +53,10 @@ bool dispatch_shapes(const BlockScoresParams& p, F&& f) {
 template <int kDim, int kHeads, typename One = ScoresConfig<kDim, kHeads, 1>>
 using SelectTile = ScoresTile<kDim, kHeads, (One::kWarpgroups % 2 == 0 && One::kStages % 2 == 0 ? 2 : 1)>;
 
+// Two pipelines hide what an item costs beside its key tiles, and read each tile twice as often: they are for
+// items of few tiles.
+constexpr int64_t kLongRow = 256;
+
 // What the shapes say of a task, f<T, Tile, kSelect>(task) -> bool; false where there is no kernel. kSelect:
 // the scores are only wanted for a choice that select_blocks_sm90 makes.
 template <typename F>
@@ -65,6 +69,7 @@ bool with_task(const BlockScoresParams& p, bool choosing, F&& f) {
     const auto with_tile = [&]<typename Tile, bool kSelect>() {
       ScoresTask task{};
       task.params = p;
+      task.scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
       task.passes = group <= 16 ? 1 : group <= 32 ? 2 : 4;
       if (task.passes > Tile::kConsumers) return false;
       task.tokens = Tile::kConsumers / task.passes * Tile::kTokens;
@@ -78,8 +83,13 @@ bool with_task(const BlockScoresParams& p, bool choosing, F&& f) {
     };
     // Four warpgroups of 16 tokens have no registers for it.
     if constexpr (kHeads != 8 || kDim == 192) {
-      if (choosing && common_weights && group <= 16)
+      if (choosing && common_weights && group <= 16) {
+        if constexpr (kDim == 128 && kHeads == 16) {
+          if (p.num_blocks >= kLongRow)
+            return with_tile.template operator()<ScoresTile<kDim, kHeads, 1>, true>();
+        }
         return with_tile.template operator()<SelectTile<kDim, kHeads>, true>();
+      }
     }
     return with_tile.template operator()<ScoresTile<kDim, kHeads, 1>, false>();
   });

@@ -38,6 +38,7 @@ struct ScoresTile : ScoresConfig<kDim_, kHeads_, kPipelines_> {
     int64_t first_row;                                               // of q
     int first_position, count, head;                                 // count: tokens
     int num_tiles;                                                   // -1: there are no more items
+    int block_mask;                                                  // bits that name a scored block
   };
   struct Shared {
     alignas(1024) unsigned char q[Config::kWarpgroups][swizzled_tile_bytes<kDim_>(kScoresColumns)];
@@ -202,6 +203,7 @@ __device__ __forceinline__ void produce_queries(const ScoresTask& task, const CU
       rows.count = item.tile.count;
       rows.head = item.head;
       rows.num_tiles = item.num_tiles;
+      rows.block_mask = PackedKey::mask(max(item.num_tiles, 1) << (kScoresKeysLog2 - task.per_block_log2));
     }
     __syncwarp();
     if (lane == 0) {
@@ -311,7 +313,8 @@ __device__ __forceinline__ void choose(const ScoresTask& task, const typename Ti
 
 // S^T of a key tile and the queries of a warpgroup.
 template <typename T, typename Tile>
-__device__ __forceinline__ void multiply_keys(float (&acc)[kScoresColumns / 2], uint32_t k, uint32_t q) {
+__device__ __forceinline__ void start_multiplying_keys(float (&acc)[kScoresColumns / 2], uint32_t k,
+                                                       uint32_t q) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int d = 0; d < Tile::kDim; d += 16) {
@@ -319,6 +322,10 @@ __device__ __forceinline__ void multiply_keys(float (&acc)[kScoresColumns / 2], 
                                          k_major_descriptor(q, kScoresColumns, d), d > 0);
   }
   ptx::wgmma_commit();
+}
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply_keys(float (&acc)[kScoresColumns / 2], uint32_t k, uint32_t q) {
+  start_multiplying_keys<T, Tile>(acc, k, q);
   ptx::wgmma_wait<0>();
   ptx::pin_registers(acc);
 }
@@ -349,7 +356,6 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
   const BlockScoresParams& p = task.params;
   const int lane = thread & 31, warp = thread >> 5, quad = lane >> 2, column = lane & 3;
   const int team = consumer / task.passes;
-  const float scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   const int64_t stride = (task.block_indices != nullptr ? 1 : p.shape.num_heads_kv) * task.pitch;
   const uint32_t q = ptx::shared_address(shared.q[consumer]);
   RingPlace<Tile::kStages> place;
@@ -402,7 +408,7 @@ __device__ __forceinline__ void consume(const ScoresTask& task, typename Tile::S
       float sum[kOctets][2][2] = {};  // [octet of tokens][key + 8 *][token + 1 *]
       sum_heads<Tile>(sum, acc,
                       reinterpret_cast<const float4*>(rows.minus_lse[consumer] + column * Tile::kLsePitch),
-                      scale);
+                      task.scale);
       const int key = tile * kScoresKeys + warp * 16 + quad;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {

@@ -32,6 +32,7 @@ struct ScoresTask {
   BlockScoresParams params;
   float* scores;  // [T, Hkv, pitch], or for a choice [block][token][pitch] with a pitch of whole 16 bytes
   int64_t pitch;
+  float scale;  // of scores, for exponentials of base 2
   int num_tiles;
   bool common_weights;  // l / d = 2, l' / d = 4: weights 1, 2, 2, 2, 1
   int tokens, passes;   // of a block; warpgroups of a team

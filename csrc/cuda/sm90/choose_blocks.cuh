@@ -4,6 +4,9 @@
 // The k-th largest of the maxima over disjoint parts of a row is a lower bound of its k-th largest score. Few
 // candidates reach it; they are compacted in order and ranked by counting who is ahead, equal scores by their
 // place. Where many reach it, a binary search over the bits of the scores finds the k-th largest.
+//
+// Who has kept the five best of each of 16 parts can mostly do without the row: four of each, sorted, are the
+// best of all, unless the fifth of a part, and with it others unseen, reaches the k-th.
 #pragma once
 
 #include <cstdint>
@@ -258,11 +261,13 @@ __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k,
   write_best(rows, k, out, out_pitch, held, kept, lane);
 }
 
-// The same of rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1; the maxima of
-// 32 disjoint parts of each row are known.
+constexpr int kNoRow = 0x7fffffff;  // no bound is as large, but the key of a NaN
+
+// The same of rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1; lower bounds
+// of their k-th largest keys are known. kNoRow: nothing of that row is written.
 template <int kRows>
 __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows, int padded_end,
-                                                    int (&high)[kRows], int k, int32_t* out,
+                                                    const int (&bound)[kRows], int k, int32_t* out,
                                                     int64_t out_pitch, Candidates& kept, int lane) {
   constexpr int kAhead = 2;  // chunks on their way
   int4 chunks[kAhead][kRows];
@@ -276,7 +281,6 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
   };
 #pragma unroll
   for (int slot = 0; slot < kAhead; ++slot) load(slot, slot * kChunk);
-  find_bounds(high, k, lane);
   const unsigned lower_lanes = (1u << lane) - 1;
   int held[kRows] = {};
   const auto keep_candidates = [&](int r, int4 four, int chunk) {
@@ -285,7 +289,7 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
     int* const indices = kept.index + r * kMaxRanked;
     bool reaches[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) reaches[e] = key[e] >= high[r];
+    for (int e = 0; e < 4; ++e) reaches[e] = key[e] >= bound[r];
     const bool left = reaches[0] || reaches[1], right = reaches[2] || reaches[3];
     const unsigned lanes = __ballot_sync(~0u, left || right);
     if (lanes == 0) return;
@@ -322,8 +326,136 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
       load(slot, chunk + kAhead * kChunk);
     }
   }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) held[r] = bound[r] == kNoRow ? 0 : held[r];
   __syncwarp();
   write_best(rows, k, out, out_pitch, held, kept, lane);
+}
+
+constexpr int kRowParts = 16;  // lanes that hold the parts of a row, one each
+
+// A key and its block, of a row of up to mask + 1 of them, in one number that compares like the key first:
+// keys of 2^-25 to 2^7 with as many of their bits as there is room for. Of equal keys the lower block is the
+// larger.
+struct PackedKey {
+  static constexpr int kNone = -1;
+  static constexpr int kLowest = (127 - 25) << 23, kRange = (32 << 23) - 1, kShift = 3;
+  __device__ __forceinline__ static int pack(int key, int mask, int name) {
+    return (__viaddmin_s32_relu(key, -kLowest, kRange) << kShift & ~mask) | name;
+  }
+  // At most the key.
+  __device__ __forceinline__ static int key(int packed, int mask) {
+    const int above = (packed & ~mask) >> kShift;
+    return packed < 0 || above == 0 ? 0 : above + kLowest;
+  }
+  // The bits that name a block, one of `blocks`.
+  __device__ __forceinline__ static int mask(int blocks) {
+    return static_cast<int>((1u << (32 - __clz(blocks - 1))) - 1);
+  }
+};
+
+// The largest keys of a part of a row, packed, in descending order.
+template <int kKept>
+struct BestOfPart {
+  int best[kKept];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) best[i] = PackedKey::kNone;
+  }
+  __device__ __forceinline__ void add(int packed) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const int lower = min(best[i], packed);
+      best[i] = max(best[i], packed);
+      packed = lower;
+    }
+  }
+};
+
+// A bitonic sequence of each half of a warp, in descending (ascending) order.
+template <int kLists>
+__device__ __forceinline__ void merge_halves(int (&value)[kLists], const bool (&ascending)[kLists], int size,
+                                             int lane) {
+#pragma unroll
+  for (int stride = size / 2; stride > 0; stride /= 2) {
+    const bool larger = ((lane & stride) == 0) == (size == kRowParts || (lane & size) == 0);
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      const int other = __shfl_xor_sync(~0u, value[i], stride);
+      value[i] = larger != ascending[i] ? max(value[i], other) : min(value[i], other);
+    }
+  }
+}
+
+// The kRowParts largest of all values but the last of the parts of each half of a warp, in descending order.
+template <int kKept>
+__device__ __forceinline__ int sort_best(const BestOfPart<kKept>& part, int lane) {
+  static_assert(kKept == 5);
+  int value[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) value[i] = part.best[i];
+#pragma unroll
+  for (int size = 2; size <= kRowParts; size *= 2)
+    merge_halves<4>(value, {false, true, false, true}, size, lane);
+  // The larger ones of a descending sequence and an ascending one are bitonic, and the largest of both.
+  int two[2] = {max(value[0], value[1]), max(value[2], value[3])};
+  merge_halves<2>(two, {false, true}, kRowParts, lane);
+  int one[1] = {max(two[0], two[1])};
+  merge_halves<1>(one, {false}, kRowParts, lane);
+  return one[0];
+}
+
+// Writes the k best, k < kRowParts, of two rows, of which half a warp each holds the parts, in order. Where a
+// part may have more of the best than are looked at, or where what is left of the keys does not tell, nothing
+// of that row is written, it returns false, and bound is a lower bound of that row's k-th largest key; then
+// the bound of a row that is written is kNoRow.
+template <int kKept>
+__device__ __forceinline__ bool write_best_of_parts(const BestOfPart<kKept>& part, int mask, int k,
+                                                    int32_t* out, int64_t out_pitch, int (&bound)[2],
+                                                    int lane) {
+  const int row = lane / kRowParts, place = lane % kRowParts;
+  const int sorted = sort_best(part, lane);
+  const int last = __shfl_sync(~0u, sorted, k - 1, kRowParts), next = __shfl_sync(~0u, sorted, k, kRowParts);
+  const bool unsure = (part.best[kKept - 1] | mask) >= last || last < 0 || ((last ^ next) & ~mask) == 0;
+  const unsigned unsure_lanes = __ballot_sync(~0u, unsure);
+  const bool row_unsure = (unsure_lanes >> (row * kRowParts) & ((1u << kRowParts) - 1)) != 0;
+  const int block = mask - (sorted & mask), order = place < k ? block : 0x7fffffff;
+  int before = 0;
+#pragma unroll
+  for (int i = 0; i < kRowParts - 1; ++i) before += __shfl_sync(~0u, order, i, kRowParts) < order;
+  if (place < k && !row_unsure) out[row * out_pitch + before] = block;
+  if (unsure_lanes == 0) return true;
+  const int row_bound = row_unsure ? PackedKey::key(last, mask) : kNoRow;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) bound[r] = __shfl_sync(~0u, row_bound, r * kRowParts);
+  return false;
+}
+
+// The k best of two rows, of which half a warp each holds the parts.
+template <int kKept>
+__device__ __forceinline__ void choose_best_of_parts(const ScoreRows<2>& rows, int padded_end,
+                                                     const BestOfPart<kKept>& part, int mask, int k,
+                                                     int32_t* out, int64_t out_pitch, Candidates& kept,
+                                                     int lane) {
+  int bound[2];
+  bool bounded = false;
+  if constexpr (kKept > 2) {
+    if (k < kRowParts) {
+      if (write_best_of_parts(part, mask, k, out, out_pitch, bound, lane)) return;
+      bounded = true;
+    }
+  }
+  if (!bounded) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int one = __shfl_sync(~0u, part.best[0], r * kRowParts + lane % kRowParts),
+                other = __shfl_sync(~0u, part.best[1], r * kRowParts + lane % kRowParts);
+      bound[r] = PackedKey::key(lane < kRowParts ? one : other, mask);
+    }
+    find_bounds(bound, k, lane);
+  }
+  choose_best_of_keys(rows, padded_end, bound, k, out, out_pitch, kept, lane);
 }
 
 // What a choice is told.

@@ -304,56 +304,104 @@ TEST_CASE("Hopper selection: nothing to do", "[sm90][scores]") {
   check<__nv_bfloat16>({{0, 0}, {0, 64}, 3, 64}, {16, 1, 128, 32, 16, 64}, {{4, 1, 2}});
 }
 
+// Scores need not be normalised, so any lse will do, and a selection is checked against its own scores.
+struct Unnormalised {
+  int queries, keys, heads_q, heads_kv, dim;
+  float lse;
+  double scale;
+  std::vector<__nv_bfloat16> q, k;
+
+  // Of one query in `step`.
+  int wrong_rows(const Choice& choice, int step) const {
+    const int blocks = keys / 64;
+    const DeviceArray<__nv_bfloat16> q_device(q), k_device(k);
+    const DeviceArray<float> lse_device(std::vector<float>(size_t(queries) * heads_q, lse));
+    DeviceArray<float> scores(size_t(queries) * heads_kv * blocks);
+    DeviceArray<int32_t> indices(size_t(queries) * heads_kv * choice.n);
+    SelectBlocksParams p{};
+    BlockScoresParams& s = p.scoring;
+    s.dtype = DType::kBF16;
+    s.seqs.total_q = s.seqs.max_seqlen_q = queries;
+    s.seqs.max_seqlen_k = keys;
+    s.seqs.key_rows = keys / 16;
+    s.shape = {heads_q, heads_kv, dim, dim};
+    s.keys = {32, 16};
+    s.block_size = 64;
+    s.softmax_scale = scale;
+    s.q = {q_device.data, static_cast<int64_t>(heads_q) * dim, dim};
+    s.k_cmp = {k_device.data, static_cast<int64_t>(heads_kv) * dim, dim};
+    s.lse = lse_device.data;
+    s.scores = scores.data;
+    s.num_blocks = blocks;
+    p.num_selected_blocks = choice.n, p.num_initial_blocks = choice.num_initial;
+    p.num_local_blocks = choice.num_local;
+    p.block_indices = indices.data;
+    const int64_t bytes = sm90::workspace_bytes(p);
+    DeviceArray<unsigned char> workspace(static_cast<size_t>(bytes));
+    p.workspace = workspace.data;
+    Status status;
+    REQUIRE(sm90::block_scores(s, {}, &status));
+    REQUIRE(sm90::select_blocks(p, {}, &status));
+    REQUIRE(status.ok());
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    const std::vector<int32_t> actual = indices.host();
+    int wrong = 0;
+    for (int query = 0; query < queries; query += step) {
+      for (int row = query * heads_kv; row < (query + 1) * heads_kv; ++row) {
+        std::vector<float> row_scores(blocks);
+        cudaMemcpy(row_scores.data(), scores.data + static_cast<int64_t>(row) * blocks,
+                   blocks * sizeof(float), cudaMemcpyDeviceToHost);
+        const auto expected = naive_selection(row_scores.data(), (keys - queries + query) / 64, choice);
+        wrong += !std::equal(expected.begin(), expected.end(), actual.begin() + row * choice.n);
+      }
+    }
+    return wrong;
+  }
+};
+
 TEST_CASE("Hopper selection of many queries", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
-  // Scores need not be normalised, so any lse will do, and the selection is checked against its own scores.
-  constexpr int kQueries = 9000, kKeys = 65536, kHeads = 4, kDim = 64, kBlocks = kKeys / 64;
-  const Choice choice{16, 1, 2};
+  Unnormalised problem{9000, 65536, 4, 4, 64, 9.f, 0.125, {}, {}};
   std::mt19937 generator(6);
   std::normal_distribution<float> normal;
-  std::vector<__nv_bfloat16> q(kQueries * kHeads * kDim), k(kKeys / 16 * kHeads * kDim);
-  for (auto& x : q) x = static_cast<__nv_bfloat16>(normal(generator));
-  for (auto& x : k) x = static_cast<__nv_bfloat16>(normal(generator));
-  const DeviceArray<__nv_bfloat16> q_device(q), k_device(k);
-  const DeviceArray<float> lse(std::vector<float>(kQueries * kHeads, 9.f));
-  DeviceArray<float> scores(size_t{kQueries} * kHeads * kBlocks);
-  DeviceArray<int32_t> indices(kQueries * kHeads * choice.n);
-  SelectBlocksParams p{};
-  BlockScoresParams& s = p.scoring;
-  s.dtype = DType::kBF16;
-  s.seqs.total_q = s.seqs.max_seqlen_q = kQueries;
-  s.seqs.max_seqlen_k = kKeys;
-  s.seqs.key_rows = kKeys / 16;
-  s.shape = {kHeads, kHeads, kDim, kDim};
-  s.keys = {32, 16};
-  s.block_size = 64;
-  s.softmax_scale = 0.125;
-  s.q = s.k_cmp = {q_device.data, kHeads * kDim, kDim};
-  s.k_cmp.data = k_device.data;
-  s.lse = lse.data;
-  s.scores = scores.data;
-  s.num_blocks = kBlocks;
-  p.num_selected_blocks = choice.n, p.num_initial_blocks = choice.num_initial;
-  p.num_local_blocks = choice.num_local;
-  p.block_indices = indices.data;
-  const int64_t bytes = sm90::workspace_bytes(p);
-  DeviceArray<unsigned char> workspace(static_cast<size_t>(bytes));
-  p.workspace = workspace.data;
-  Status status;
-  REQUIRE(sm90::block_scores(s, {}, &status));
-  REQUIRE(sm90::select_blocks(p, {}, &status));
-  REQUIRE(status.ok());
-  REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
-  const std::vector<int32_t> actual = indices.host();
-  int wrong = 0;
-  for (int row = 0; row < kQueries * kHeads; row += row / kHeads % 3 ? 1 : 61) {
-    std::vector<float> row_scores(kBlocks);
-    cudaMemcpy(row_scores.data(), scores.data + static_cast<int64_t>(row) * kBlocks, kBlocks * sizeof(float),
-               cudaMemcpyDeviceToHost);
-    const auto expected = naive_selection(row_scores.data(), (kKeys - kQueries + row / kHeads) / 64, choice);
-    wrong += !std::equal(expected.begin(), expected.end(), actual.begin() + row * choice.n);
+  problem.q.resize(9000 * 4 * 64), problem.k.resize(65536 / 16 * 4 * 64);
+  for (auto& x : problem.q) x = static_cast<__nv_bfloat16>(normal(generator));
+  for (auto& x : problem.k) x = static_cast<__nv_bfloat16>(normal(generator));
+  CHECK(problem.wrong_rows({16, 1, 2}, 15) == 0);
+}
+
+// Logits are small whole numbers times the scale, so scores are equal or differ in their last bits, and one
+// block in sixteen may be better than all others; lse moves the scores to where few or none of their bits
+// count.
+TEST_CASE("Hopper selection: scores of any size, close together, the best in one part of a row",
+          "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  constexpr int kQueries = 333, kHeads = 16, kDim = 128;
+  for (const auto& [keys, advantage] :
+       {std::pair{40000, 0}, {40000, 3}, {40000, 200}, {9024, 0}, {9024, 3}}) {
+    std::mt19937 generator(7);
+    Unnormalised problem{kQueries, keys, kHeads, 1, kDim, 0.f, 0., {}, {}};
+    problem.q.assign(size_t{kQueries} * kHeads * kDim, static_cast<__nv_bfloat16>(0.f));
+    problem.k.assign(static_cast<size_t>(keys) / 16 * kDim, static_cast<__nv_bfloat16>(0.f));
+    for (int i = 0; i < kQueries * kHeads; ++i) {
+      problem.q[size_t(i) * kDim] = static_cast<__nv_bfloat16>(1.f);
+      problem.q[size_t(i) * kDim + 1 + generator() % 40] = static_cast<__nv_bfloat16>(1.f);
+    }
+    for (int i = 0; i < keys / 16; ++i) {
+      if (i / 4 % 16 == 3)
+        problem.k[size_t(i) * kDim] = static_cast<__nv_bfloat16>(static_cast<float>(advantage));
+      for (int c = 1; c <= 40; ++c)
+        problem.k[size_t(i) * kDim + c] = static_cast<__nv_bfloat16>(static_cast<float>(generator() % 8));
+    }
+    for (const double scale : {1. / (1 << 20), 1. / (1 << 15), 1. / (1 << 10), 0.05}) {
+      for (const float lse : {-3.f, 5.f, 21.f, 60.f}) {
+        CAPTURE(problem.keys, advantage, scale, lse);
+        problem.lse = lse, problem.scale = scale;
+        for (const Choice& choice : std::vector<Choice>{{16, 1, 2}, {18, 1, 2}, {19, 1, 2}, {24, 0, 0}})
+          CHECK(problem.wrong_rows(choice, 5) == 0);
+      }
+    }
   }
-  CHECK(wrong == 0);
 }
 
 }  // namespace
