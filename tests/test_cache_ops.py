@@ -249,6 +249,24 @@ def test_append_kv(
     assert_appends_like_reference(Append(Inputs(case, dtype, device), layout, kind, per_head, rotary))
 
 
+@pytest.mark.parametrize("per_head", [(True, False), (False, True)], ids=["k", "v"])
+@by_target
+def test_append_kv_where_one_phi_is_per_head(
+    device: str, dtype: torch.dtype, per_head: tuple[bool, bool]
+) -> None:
+    case = Case("one_per_head", (48, 64, 50), heads=(4, 4), dims=(64, 64), queries=(1, 1, 1))
+    call = Append(Inputs(case, dtype, device), "ring")
+    call.phis = [weights(call.x, call.kind, per_head[i], call.hidden, 64, 90 + 10 * i) for i in range(2)]
+    assert_appends_like_reference(call)
+
+
+@by_target
+def test_append_kv_without_a_tail(device: str, dtype: torch.dtype) -> None:
+    """A compressed block of one token needs none of the tokens before."""
+    case = Case("no_tail", (48, 1, 50), heads=(4, 4), dims=(64, 64), compress=(1, 1), queries=(1, 1, 3))
+    assert_appends_like_reference(Append(Inputs(case, dtype, device), "ring", "mean", short_tail=True))
+
+
 def assert_appends_like_reference(call: Append) -> None:
     call.run()
     case, layout, dtype = call.x.case, call.layout, call.x.dtype

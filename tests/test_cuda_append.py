@@ -10,8 +10,8 @@ from test_cache_ops import KINDS, Append, assert_appends_like_reference, assert_
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_path")]
 
 # Steps that complete a block of all, some, one and none of many sequences; more rows and heads than a thread
-# block works on at a time; two blocks a sequence; blocks of one, half and two tokens for each of 16 thread
-# blocks.
+# block works on at a time; two blocks a sequence; blocks of half a token, of two and of four for each of 16
+# thread blocks.
 CASES = (
     Case("all", tuple(48 + 16 * (b % 5) for b in range(32)), heads=(4, 4), dims=(128, 128)),
     Case("all_of_130", tuple(32 + 16 * (b % 3) for b in range(130)), heads=(2, 2), dims=(64, 64)),

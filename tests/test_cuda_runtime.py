@@ -174,10 +174,12 @@ def test_streams_do_not_disturb_each_other() -> None:
         problems.append((x, tensors, d_o, torch.cuda.Stream(), gradients(tensors, x, d_o)))
     torch.cuda.synchronize()
     for _ in range(3):
-        results = []
+        results, gate = [], torch.cuda.Event()
+        torch.cuda._sleep(200_000_000)  # so that all have work before the first begins
+        gate.record()
         for x, tensors, d_o, stream, _ in problems:
             with torch.cuda.stream(stream):
-                torch.cuda._sleep(2_000_000)  # so that all have work before the first begins
+                stream.wait_event(gate)
                 results.append(gradients(tensors, x, d_o))
         torch.cuda.synchronize()
         for (*_, expected), actual in zip(problems, results, strict=True):

@@ -41,8 +41,8 @@ Status launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t sh
   return last_error(name);
 }
 
-// The same for a kernel that waits for the one in front of it before it touches memory: it may begin before
-// that one has ended (sm_90). In clusters of `cluster` thread blocks along x.
+// The same for a kernel that waits for the one in front of it before it relies on what is in memory: it may
+// begin before that one has ended (sm_90). In clusters of `cluster` thread blocks along x.
 template <typename Kernel, typename... Args>
 Status launch_chained_clusters(const char* name, Kernel kernel, dim3 grid, int cluster, int threads,
                                size_t shared_bytes, const Stream& stream, const Args&... args) {

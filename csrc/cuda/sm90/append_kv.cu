@@ -119,6 +119,9 @@ __global__ void __launch_bounds__(kAppendThreads, 1)
 
 bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status) {
   if (p.seqs.max_seqlen_q > kMaxDecodeTokens) return false;
+  // Lengths have 32 bits; K and V have as many rows a block (Divisors); a ring has a row to store to.
+  if (p.seqs.capacity >= int64_t{1} << 31 || p.k.phi.per_head != p.v.phi.per_head) return false;
+  if (p.k.tail.page_rows == 0 || p.v.tail.page_rows == 0) return false;
   for (const CompressFwdParams* phi : {&p.k.phi, &p.v.phi}) {
     if (phi->head_dim % kWarpColumns || phi->head_dim > kMaxAppendDim || phi->hidden_size % kWarpColumns)
       return false;

@@ -30,12 +30,12 @@ struct ScoresConfig {
 
 struct ScoresTask {
   BlockScoresParams params;
-  float* scores;  // [T, Hkv, pitch], or for a choice [block][token][pitch] with a pitch of whole 16 bytes
+  float* scores;  // [T, Hkv, pitch], or for a choice [pipeline][token][pitch] with a pitch of whole 16 bytes
   int64_t pitch;
   float scale;  // of scores, for exponentials of base 2
   int num_tiles;
   bool common_weights;  // l / d = 2, l' / d = 4: weights 1, 2, 2, 2, 1
-  int tokens, passes;   // of a block; warpgroups of a team
+  int tokens, passes;   // of a pipeline; warpgroups of a team
   int block_log2, stride_log2, per_block_log2;
   int before;              // l / d - 1
   int32_t* block_indices;  // [T, Hkv, n], or null: only scores are wanted

@@ -216,7 +216,7 @@ __device__ __forceinline__ void choose_with_care(const float* scores, int begin,
   __syncwarp();
 }
 
-// The bound from the maxima of 32 disjoint parts of each row, one a lane.
+// The bound from 32 values of each row, one a lane: maxima of disjoint parts, or the two best of 16.
 template <int kRows>
 __device__ __forceinline__ void find_bounds(int (&high)[kRows], int k, int lane) {
   sort_lanes(high, lane);

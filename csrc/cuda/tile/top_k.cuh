@@ -1,4 +1,4 @@
-// The choice of the best of many scores by one warp.
+// The choice of the best of many scores, by one warp or by the threads of a block.
 #pragma once
 
 #include <cstdint>
