@@ -128,6 +128,22 @@ RACES = (
         "Hopper scores and selection: one sequence",
         pairs(("fill_rows", "select"), ("fill_rows", "sum_heads")),
     ),
+    # Several items a pipeline, one pipeline and two a block: also what the item is.
+    Races(
+        "block_scores_sm90",
+        "Hopper scores and selection: many short sequences",
+        pairs(("fill_rows", "consume"), ("fill_rows", "sum_heads"), ("produce_queries", "consume")),
+    ),
+    Races(
+        "select_blocks_sm90",
+        "Hopper scores and selection: many short sequences",
+        pairs(
+            ("fill_rows", "select"),
+            ("fill_rows", "sum_heads"),
+            ("produce_queries", "select"),
+            ("produce_queries", "RowsToChoose"),
+        ),
+    ),
     Races(
         "selected_attention_fwd_sm90",
         "selected attention on Hopper equals the naive loops for every group",
@@ -340,8 +356,8 @@ def chosen_checks(args: argparse.Namespace) -> list[Check]:
             program = [str(args.catch2), races.test] if name == "catch2" else [*pytest, *races.test]
             options = ("--launch-count", str(races.launches))
             title = races.kernel
-            if name == "pytest" and len(races.test) == 1:
-                title += f" in {races.test[0].partition('::')[2]}"
+            if sum(other.kernel == races.kernel for other in RACES) > 1:
+                title += f" in {races.test if name == 'catch2' else races.test[0].partition('::')[2]}"
             chosen.append(Check("racecheck", title, races.kernel, program, options, races.failures))
     return chosen
 

@@ -250,6 +250,7 @@ void check(const Lengths& lengths, const Shape& shape, const std::vector<Choice>
 const std::vector<Choice> kChoices = {{16, 1, 2}, {4, 1, 2}, {3, 0, 0}, {5, 2, 0}, {1, 0, 1}};
 const Lengths kRagged = {{33, 0, 5, 161, 1}, {33, 0, 5, 161, 300}};
 const Lengths kLong = {{40, 0, 7}, {2500, 80, 1300}, 6, 35};
+const Lengths kRoomy = {{40, 0, 7}, {2500, 80, 1300}, 6, 35, true, 16000};  // one pipeline a block
 
 TEST_CASE("Hopper scores and selection: one sequence", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
@@ -265,6 +266,7 @@ TEST_CASE("Hopper scores and selection: every group size", "[sm90][scores]") {
     check<__nv_bfloat16>(kLong, {group, 2, 128, 32, 16, 64}, {{16, 1, 2}, {4, 0, 1}});
     check<__half>(kRagged, {group, 1, 64, 32, 16, 64}, {{3, 1, 1}});
     if (group <= 32) check<__nv_bfloat16>(kRagged, {group, 1, 192, 32, 16, 64}, {{3, 1, 1}});
+    if (group > 8 && group <= 16) check<__half>(kRoomy, {group, 2, 128, 32, 16, 64}, {{16, 1, 2}});
   }
 }
 
@@ -299,20 +301,43 @@ TEST_CASE("Hopper selection: long rows, and neighbours with different blocks", "
   check<__half>(lengths, {4, 2, 128, 32, 16, 64}, {{16, 1, 2}, {24, 0, 0}});
 }
 
+// The same on little work, which racecheck can follow: more items than pipelines, with one key tile or none.
+// By the room for longer rows, first one pipeline a block, then two.
+TEST_CASE("Hopper scores and selection: many short sequences", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  Lengths lengths{std::vector<int32_t>(150, 32), std::vector<int32_t>(150, 300), 2, 16, true, 16400};
+  check<__nv_bfloat16>(lengths, {16, 1, 128, 32, 16, 64}, {{2, 1, 1}});
+  lengths.slack = 0;
+  check<__nv_bfloat16>(lengths, {16, 1, 128, 32, 16, 64}, {{2, 1, 1}, {4, 1, 2}});
+  check<__half>(lengths, {9, 2, 64, 32, 16, 64}, {{3, 0, 1}});
+}
+
 TEST_CASE("Hopper selection: nothing to do", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
   check<__nv_bfloat16>({{0, 0}, {0, 64}, 3, 64}, {16, 1, 128, 32, 16, 64}, {{4, 1, 2}});
 }
 
-// Scores need not be normalised, so any lse will do, and a selection is checked against its own scores.
+// Scores need not be normalised, so any lse will do; a selection is checked against the scores of
+// block_scores, those against the definition.
 struct Unnormalised {
   int queries, keys, heads_q, heads_kv, dim;
   float lse;
   double scale;
   std::vector<__nv_bfloat16> q, k;
 
-  // Of one query in `step`.
-  int wrong_rows(const Choice& choice, int step) const {
+  void draw(int seed) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> normal;
+    q.resize(size_t(queries) * heads_q * dim), k.resize(size_t(keys) / 16 * heads_kv * dim);
+    for (auto& x : q) x = static_cast<__nv_bfloat16>(normal(generator));
+    for (auto& x : k) x = static_cast<__nv_bfloat16>(normal(generator));
+  }
+
+  struct Results {
+    std::vector<float> scores;
+    std::vector<int32_t> indices;
+  };
+  Results run(const Choice& choice) const {
     const int blocks = keys / 64;
     const DeviceArray<__nv_bfloat16> q_device(q), k_device(k);
     const DeviceArray<float> lse_device(std::vector<float>(size_t(queries) * heads_q, lse));
@@ -344,30 +369,85 @@ struct Unnormalised {
     REQUIRE(sm90::select_blocks(p, {}, &status));
     REQUIRE(status.ok());
     REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
-    const std::vector<int32_t> actual = indices.host();
+    return {scores.host(), indices.host()};
+  }
+
+  // Of one query in `step`.
+  int wrong_rows(const Results& results, const Choice& choice, int step) const {
     int wrong = 0;
     for (int query = 0; query < queries; query += step) {
-      for (int row = query * heads_kv; row < (query + 1) * heads_kv; ++row) {
-        std::vector<float> row_scores(blocks);
-        cudaMemcpy(row_scores.data(), scores.data + static_cast<int64_t>(row) * blocks,
-                   blocks * sizeof(float), cudaMemcpyDeviceToHost);
-        const auto expected = naive_selection(row_scores.data(), (keys - queries + query) / 64, choice);
-        wrong += !std::equal(expected.begin(), expected.end(), actual.begin() + row * choice.n);
+      for (int64_t row = int64_t(query) * heads_kv; row < int64_t(query + 1) * heads_kv; ++row) {
+        const auto expected =
+            naive_selection(&results.scores[row * (keys / 64)], (keys - queries + query) / 64, choice);
+        wrong += !std::equal(expected.begin(), expected.end(), results.indices.begin() + row * choice.n);
       }
     }
     return wrong;
+  }
+  int wrong_rows(const Choice& choice, int step) const { return wrong_rows(run(choice), choice, step); }
+
+  // The largest relative error of the scores, of one query in `step` and all of its complete blocks.
+  double worst_score(const Results& results, int step) const {
+    const int group = heads_q / heads_kv, blocks = keys / 64;
+    double worst = 0;
+    for (int query = 0; query < queries; query += step) {
+      const int t = keys - queries + query;
+      for (int g = 0; g < heads_kv; ++g) {
+        std::vector<double> expected(blocks + 1, 0.);
+        for (int i = 0; i * 16 + 31 <= t; ++i) {
+          double p = 0;
+          for (int h = g * group; h < (g + 1) * group; ++h) {
+            double dot = 0;
+            for (int c = 0; c < dim; ++c) {
+              dot += static_cast<double>(static_cast<float>(q[(size_t(query) * heads_q + h) * dim + c])) *
+                     static_cast<float>(k[(size_t(i) * heads_kv + g) * dim + c]);
+            }
+            p += std::exp(dot * scale - lse);
+          }
+          // Of its two strides, one may be in the next block.
+          expected[i / 4] += p, expected[(i + 1) / 4] += p;
+        }
+        const float* actual = &results.scores[(int64_t(query) * heads_kv + g) * blocks];
+        for (int j = 0; j <= t / 64; ++j) {
+          const double error = std::abs(actual[j] - expected[j]) / std::max(expected[j], 1e-30);
+          worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+        }
+      }
+    }
+    return worst;
   }
 };
 
 TEST_CASE("Hopper selection of many queries", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
   Unnormalised problem{9000, 65536, 4, 4, 64, 9.f, 0.125, {}, {}};
-  std::mt19937 generator(6);
-  std::normal_distribution<float> normal;
-  problem.q.resize(9000 * 4 * 64), problem.k.resize(65536 / 16 * 4 * 64);
-  for (auto& x : problem.q) x = static_cast<__nv_bfloat16>(normal(generator));
-  for (auto& x : problem.k) x = static_cast<__nv_bfloat16>(normal(generator));
+  problem.draw(6);
   CHECK(problem.wrong_rows({16, 1, 2}, 15) == 0);
+}
+
+// More items than pipelines: a pipeline takes its next one while the other one of its block, or a warpgroup
+// beside, is still at the one before. Rows of 256 blocks and more at dim 128 have one pipeline a block. With
+// as many queries as keys the first items have no key tiles.
+TEST_CASE("Hopper scores and selection: several items a pipeline", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  for (const Unnormalised& shape : std::vector<Unnormalised>{{9000, 20032, 16, 1, 128},
+                                                             {9000, 12032, 16, 1, 128},
+                                                             {17024, 17024, 12, 1, 128},
+                                                             {4600, 16448, 18, 2, 128},
+                                                             {9000, 9024, 9, 1, 128},
+                                                             {9000, 12032, 12, 1, 128},
+                                                             {9000, 20032, 16, 1, 64},
+                                                             {9024, 9024, 9, 1, 192}}) {
+    CAPTURE(shape.queries, shape.keys, shape.heads_q, shape.heads_kv, shape.dim);
+    REQUIRE(shape.keys % 64 == 0);
+    Unnormalised problem = shape;
+    problem.scale = 1 / std::sqrt(static_cast<double>(shape.dim));
+    problem.draw(8);
+    const Choice choice{16, 1, 2};
+    const Unnormalised::Results results = problem.run(choice);
+    CHECK(problem.worst_score(results, 499) < 2e-5);
+    CHECK(problem.wrong_rows(results, choice, 7) == 0);
+  }
 }
 
 // Logits are small whole numbers times the scale, so scores are equal or differ in their last bits, and one
