@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kAppendThreads, 1)
   const int num_blocks = __reduce_add_sync(~0u, completed_by_lane);  // the same in the whole cluster
   if (num_blocks > 0) {
     if (stream.phi.kind == CompressKind::kMean) {
-      average_blocks<T>(p, by, which, by.heads.times(num_blocks), step, shared);
+      average_blocks<T>(p, by, which, by.heads[which].times(num_blocks), step, shared);
     } else {
       compress_blocks<T>(p, by, which, num_blocks, maps, step, shared);
     }
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kAppendThreads, 1)
 
 bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status) {
   if (p.seqs.max_seqlen_q > kMaxDecodeTokens) return false;
-  // Lengths have 32 bits; K and V have as many rows a block (Divisors); a ring has a row to store to.
-  if (p.seqs.capacity >= int64_t{1} << 31 || p.k.phi.per_head != p.v.phi.per_head) return false;
+  // Lengths have 32 bits; a ring has a row to store to.
+  if (p.seqs.capacity >= int64_t{1} << 31) return false;
   if (p.k.tail.page_rows == 0 || p.v.tail.page_rows == 0) return false;
   for (const CompressFwdParams* phi : {&p.k.phi, &p.v.phi}) {
     if (phi->head_dim % kWarpColumns || phi->head_dim > kMaxAppendDim || phi->hidden_size % kWarpColumns)

@@ -71,11 +71,12 @@ template <typename T>
 __device__ __forceinline__ void find_rows(const AppendKvParams& p, const AppendDivisors& by, int which,
                                           const Slab& slab, int rank, int num_tokens, PhiShared& shared) {
   const AppendStream& stream = stream_of(p, which);
-  const int row = threadIdx.x % 64, skipped = slab.first - by.heads.times(by.heads.divide(slab.first));
+  const Divisor& heads = by.heads[which];
+  const int row = threadIdx.x % 64, skipped = slab.first - heads.times(heads.divide(slab.first));
 #pragma unroll 1
   for (int task = threadIdx.x / 64; task <= num_tokens; task += kAppendThreads / 64) {
     if (row >= slab.num_rows) continue;
-    const int at = by.heads.divide(skipped + row), head = slab.set + skipped + row - by.heads.times(at);
+    const int at = heads.divide(skipped + row), head = slab.set + skipped + row - heads.times(at);
     const CompletedBlock block = shared.blocks[at];
     if (task < num_tokens) {
       shared.tokens[task][row] = token_of<T>(stream, block, head, rank + task * kAppendCluster);
@@ -353,20 +354,20 @@ __device__ void average_blocks(const AppendKvParams& p, const AppendDivisors& by
                                const Step& step, PhiShared& shared) {
   const AppendStream& stream = stream_of(p, which);
   const CompressFwdParams& phi = stream.phi;
+  const Divisor& heads = by.heads[which];
   const int half = phi.head_dim / 2, length = static_cast<int>(phi.blocks.block);
 #pragma unroll 1
   for (int first = 0; first < num_rows; first += kPhiRows) {
     const Slab slab{first, min(kPhiRows, num_rows - first), 0};
-    const int skipped = first - by.heads.times(by.heads.divide(first));
+    const int skipped = first - heads.times(heads.divide(first));
     __syncthreads();
     if (threadIdx.x < 32)
-      list_blocks(p, by, which, by.heads.divide(first), step, shared.blocks, static_cast<int>(threadIdx.x));
+      list_blocks(p, by, which, heads.divide(first), step, shared.blocks, static_cast<int>(threadIdx.x));
     __syncthreads();
 #pragma unroll 1
     for (int i = blockIdx.x * kAppendThreads + threadIdx.x; i < slab.num_rows * half;
          i += kAppendCluster * kAppendThreads) {
-      const int row = skipped + i / half, c = i % half, at = by.heads.divide(row),
-                head = row - by.heads.times(at);
+      const int row = skipped + i / half, c = i % half, at = heads.divide(row), head = row - heads.times(at);
       const CompletedBlock block = shared.blocks[at];
       float x = 0.f, y = 0.f;
 #pragma unroll 8
@@ -388,10 +389,11 @@ template <typename T>
 __device__ void compress_blocks(const AppendKvParams& p, const AppendDivisors& by, int which, int num_blocks,
                                 const PhiMaps& maps, const Step& step, PhiShared& shared) {
   const CompressFwdParams& phi = stream_of(p, which).phi;
+  const Divisor& heads = by.heads[which];
   const int rank = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const int dim = phi.head_dim, half = dim / 2, hidden = phi.hidden_size,
             length = static_cast<int>(phi.blocks.block);
-  const int sets = phi.per_head ? phi.num_heads : 1, num_rows = by.heads.times(num_blocks);
+  const int sets = phi.per_head ? phi.num_heads : 1, num_rows = heads.times(num_blocks);
   const int num_senders = min(kAppendCluster, length),
             num_tokens = (length - rank + kAppendCluster - 1) / kAppendCluster;
   const bool mlp = phi.kind == CompressKind::kMlp;
@@ -446,7 +448,7 @@ __device__ void compress_blocks(const AppendKvParams& p, const AppendDivisors& b
 #pragma unroll 1
         for (int turn = 0; turn < kPhiStages; ++turn) pass.load_weights(turn);
         if (column == 0) {
-          if (warp == 0) list_blocks(p, by, which, by.heads.divide(first_row), step, shared.blocks, lane);
+          if (warp == 0) list_blocks(p, by, which, heads.divide(first_row), step, shared.blocks, lane);
           __syncthreads();
           find_rows<T>(p, by, which, slab, rank, num_tokens, shared);
           __syncthreads();

@@ -20,7 +20,7 @@ constexpr int kTargets = 3;  // of each stream: slc, swa, tail
 struct AppendDivisors {
   Divisor tokens;                // the most of a sequence
   Divisor stride;                // of compressed blocks
-  Divisor heads;                 // rows of a block in a slab
+  Divisor heads[2];              // rows of a block in a slab
   Divisor pieces[2], chunks[2];  // of 16 bytes: of a token, of a head
   Divisor page_rows[2][kTargets];
   Divisor compressed_page_rows[2];
@@ -29,11 +29,11 @@ struct AppendDivisors {
   explicit AppendDivisors(const AppendKvParams& p)
       : tokens(
             max64(1, p.seqs.cu_seqlens_q == nullptr ? p.seqs.total_q / p.seqs.batch : p.seqs.max_seqlen_q)),
-        stride(p.k.phi.blocks.stride),
-        heads(p.k.phi.per_head ? 1 : p.k.phi.num_heads) {
+        stride(p.k.phi.blocks.stride) {
     for (int which = 0; which < 2; ++which) {
       const AppendStream& stream = which == 0 ? p.k : p.v;
       const int num_chunks = stream.phi.head_dim / kAppendVector;
+      heads[which] = Divisor(stream.phi.per_head ? 1 : stream.phi.num_heads);
       pieces[which] = Divisor(int64_t{num_chunks} * stream.phi.num_heads);
       chunks[which] = Divisor(num_chunks);
       const CachedRows* caches[kTargets] = {&stream.slc_cache, &stream.swa_cache, &stream.tail};
