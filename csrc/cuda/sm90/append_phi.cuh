@@ -441,8 +441,13 @@ __device__ void compress_blocks(const AppendKvParams& p, const AppendDivisors& b
         if (pass.pe != nullptr) pass.pe += (set * length + rank) * dim;
         pass.num_second = mlp && num_owned > 0 ? (pass.columns + kPhiDepth - 1) / kPhiDepth : 0;
         turns += pass.num_turns();
-        // This thread block is there, and has read what was sent to it before.
-        ptx::cluster_arrive_relaxed();
+        // This thread block is there, and has read what was sent to it before: all its warps have since met,
+        // so the release of one of them is enough, and it waits while the first one lists blocks.
+        if (passes > 0 && warp == kAppendWarps - 1) {
+          ptx::cluster_arrive();
+        } else {
+          ptx::cluster_arrive_relaxed();
+        }
         if (threadIdx.x == kPhiLoader)
           ptx::barrier_arrive_expect(sent, num_senders * num_owned * pass.columns * 4);
 #pragma unroll 1
