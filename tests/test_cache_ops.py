@@ -1,7 +1,8 @@
 """nsa::append_kv and nsa::decode_attention against the reference, on caches written by plain indexing."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -200,13 +201,14 @@ class Append:
         parts = [rows[a + h : a + n] for a, h, n in zip(begins, self.held, lengths, strict=True)]
         return torch.cat([*parts, torch.full_like(rows[: self.x.case.pad[0]], float("nan"))])
 
-    def run(self, held: Sequence[int] | None = None) -> None:
-        """held: tokens before the step, if others than there are."""
+    def prepared(self, held: Sequence[int] | None = None) -> Callable[[], None]:
+        """The call. held: tokens before the step, if others than there are."""
         x, step = self.x, self.cache.step()
         if held is not None:
             step["cache_seqlens"] = torch.tensor(held, dtype=torch.int32, device=x.device)
         swa = (x.keys("swa"), x.values("swa"))
-        ops.append_kv(
+        return functools.partial(
+            ops.append_kv,
             *self.cache.streams.values(),
             *self.tails,
             *(self.new(r) for r in (*self.raw, x.keys("slc"), x.values("slc"))),
@@ -219,6 +221,9 @@ class Append:
             compress_stride=x.case.compress[1],
             compress_kind=self.kind,
         )
+
+    def run(self, held: Sequence[int] | None = None) -> None:
+        self.prepared(held)()
 
     def compressed(self, stream: int, dtype: torch.dtype) -> Tensor:
         """Every compressed row [S // d, Hkv, D] by the reference."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CUDA_DTYPES, Case, Inputs
-from test_cache_ops import KINDS, Append, assert_appends_like_reference, assert_same_bits
+from test_cache_ops import KINDS, Append, assert_appends_like_reference, assert_same_bits, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_path")]
 
@@ -69,3 +69,17 @@ def test_a_block_does_not_depend_on_the_other_sequences(case: Case, kind: str) -
         first, again, alone = (call.cache.streams[name].cpu() for call in calls)
         assert_same_bits(name, first, again)
         assert_same_bits(name, first[kept], alone[kept])
+
+
+@pytest.mark.parametrize("per_head", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_short_step_on_hopper_needs_no_memory(cuda_path: str, per_head: tuple[bool, bool]) -> None:
+    """The portable kernels need some: so this also shows which kernels run."""
+    case = Case("memory", (48, 64, 50), heads=(4, 4), dims=(64, 64), queries=(1, 1, 1))
+    call = Append(Inputs(case, torch.bfloat16, "cuda"), "ring")
+    call.phis = [weights(call.x, call.kind, per_head[i], call.hidden, 64, 90 + 10 * i) for i in range(2)]
+    append = call.prepared()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    append()
+    on_hopper = cuda_path == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    assert (torch.cuda.max_memory_allocated() == before) == on_hopper

@@ -130,7 +130,10 @@ int64_t workspace_bytes(const SelectedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);
 }
 int64_t workspace_bytes(const CompressBwdParams& p) { return compress_backward_workspace(p); }
-int64_t workspace_bytes(const AppendKvParams& p) { return portable::workspace_bytes(p); }
+// Much in the portable kernels, and asked for with each token: only where they run.
+int64_t workspace_bytes(const AppendKvParams& p) {
+  return use_sm90() && sm90::can_append(p) ? 0 : portable::workspace_bytes(p);
+}
 int64_t workspace_bytes(const DecodeAttentionParams& p) {
   return max64(portable::workspace_bytes(p), use_sm90() ? sm90::workspace_bytes(p) : 0);
 }

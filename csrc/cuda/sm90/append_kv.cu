@@ -115,9 +115,47 @@ __global__ void __launch_bounds__(kAppendThreads, 1)
   if (to == kTail) copy_from(first);
 }
 
+// Clusters that the device runs at once.
+template <typename T>
+int active_clusters() {
+  static OncePerDevice<int> room;
+  return room.get(
+      [] { return max_active_clusters(append_kv_sm90<T>, kAppendCluster, kAppendThreads, kPhiSharedBytes); });
+}
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+template <typename T>
+Status launch_append(const AppendKvParams& p, const Stream& stream) {
+  const auto kernel = append_kv_sm90<T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  const int64_t reach = p.k.phi.blocks.block - 1 + p.seqs.max_seqlen_q;
+  const bool tail_is_free = p.k.tail.page_rows >= reach && p.v.tail.page_rows >= reach;
+  const int64_t shares =
+      min64(max64(1, active_clusters<T>() / 2), ceil_div(p.seqs.batch * p.k.phi.num_heads, kPhiRows));
+  PhiMaps maps{};
+  for (int which = 0; which < 2; ++which) {
+    const CompressFwdParams& phi = (which == 0 ? p.k : p.v).phi;
+    if (phi.kind == CompressKind::kMean) continue;
+    const int64_t sets = phi.per_head ? phi.num_heads : 1;
+    const RowsView w1{phi.w1, phi.hidden_size, phi.hidden_size}, w2{phi.w2, phi.head_dim, phi.head_dim};
+    bool made = make_tensor_map(&maps.first[which], phi.dtype, w1, sets * phi.blocks.block * phi.head_dim, 1,
+                                phi.hidden_size, min(kPhiDepth, phi.head_dim), 1);
+    if (made && phi.kind == CompressKind::kMlp) {
+      made = make_tensor_map(&maps.second[which], phi.dtype, w2, sets * phi.hidden_size, 1, phi.head_dim,
+                             min(kPhiDepth, phi.hidden_size), 1);
+    }
+    if (!made)
+      return Status::error(StatusCode::kDeviceError, "the driver makes no tensor map of the weights");
+  }
+  const dim3 grid(kAppendCluster, 2, static_cast<unsigned>(shares));
+  return launch_chained_clusters("append_kv_sm90", kernel, grid, kAppendCluster, kAppendThreads,
+                                 kPhiSharedBytes, stream, p, AppendDivisors(p), maps, tail_is_free);
+}
+
 }  // namespace
 
-bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status) {
+bool can_append(const AppendKvParams& p) {
   if (p.seqs.max_seqlen_q > kMaxDecodeTokens) return false;
   // Lengths have 32 bits; a ring has a row to store to.
   if (p.seqs.capacity >= int64_t{1} << 31) return false;
@@ -127,40 +165,17 @@ bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status) {
       return false;
     if (phi->blocks.block > kMaxPhiTokens * kAppendCluster) return false;
     if (p.seqs.batch * p.seqs.max_seqlen_q * phi->num_heads * phi->head_dim >= int64_t{1} << 31) return false;
+    if (!is_aligned(phi->w1) || !is_aligned(phi->w2)) return false;
   }
-  const auto run = [&]<typename T>() {
-    static OncePerDevice<int> room;
-    const auto kernel = append_kv_sm90<T>;
-    const int clusters = room.get(
-        [&] { return max_active_clusters(kernel, kAppendCluster, kAppendThreads, kPhiSharedBytes); });
-    if (clusters == 0) return false;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    const int64_t reach = p.k.phi.blocks.block - 1 + p.seqs.max_seqlen_q;
-    const bool tail_is_free = p.k.tail.page_rows >= reach && p.v.tail.page_rows >= reach;
-    const int64_t shares =
-        min64(max64(1, clusters / 2), ceil_div(p.seqs.batch * p.k.phi.num_heads, kPhiRows));
-    PhiMaps maps{};
-    for (int which = 0; which < 2; ++which) {
-      const CompressFwdParams& phi = (which == 0 ? p.k : p.v).phi;
-      if (phi.kind == CompressKind::kMean) continue;
-      const int64_t sets = phi.per_head ? phi.num_heads : 1;
-      const RowsView w1{phi.w1, phi.hidden_size, phi.hidden_size}, w2{phi.w2, phi.head_dim, phi.head_dim};
-      if (!make_tensor_map(&maps.first[which], phi.dtype, w1, sets * phi.blocks.block * phi.head_dim, 1,
-                           phi.hidden_size, min(kPhiDepth, phi.head_dim), 1))
-        return false;
-      if (phi.kind == CompressKind::kMlp &&
-          !make_tensor_map(&maps.second[which], phi.dtype, w2, sets * phi.hidden_size, 1, phi.head_dim,
-                           min(kPhiDepth, phi.hidden_size), 1))
-        return false;
-    }
-    const dim3 grid(kAppendCluster, 2, static_cast<unsigned>(shares));
-    *status = launch_chained_clusters("append_kv_sm90", kernel, grid, kAppendCluster, kAppendThreads,
-                                      kPhiSharedBytes, stream, p, AppendDivisors(p), maps, tail_is_free);
-    return true;
-  };
-  if (p.k.phi.dtype == DType::kBF16) return run.template operator()<__nv_bfloat16>();
-  if (p.k.phi.dtype == DType::kF16) return run.template operator()<__half>();
-  return false;
+  const DType dtype = p.k.phi.dtype;
+  return (dtype == DType::kBF16 && active_clusters<__nv_bfloat16>() > 0) ||
+         (dtype == DType::kF16 && active_clusters<__half>() > 0);
+}
+
+bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status) {
+  if (!can_append(p)) return false;
+  *status = dispatch_half(p.k.phi.dtype, [&]<typename T>() { return launch_append<T>(p, stream); });
+  return true;
 }
 
 }  // namespace nsa::cuda::sm90

@@ -41,7 +41,8 @@ bool prepare_selected_backward(const SelectedAttentionBwdParams& p, const Stream
 bool selected_attention_backward(const SelectedAttentionBwdParams& p, const Stream& stream, Status* status,
                                  Lists prepared = Lists::kMissing, BandedBranchesBwdParams* next = nullptr);
 int64_t workspace_bytes(const SelectedAttentionBwdParams& p);
-bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status);
+bool append_kv(const AppendKvParams& p, const Stream& stream, Status* status);  // needs no workspace
+bool can_append(const AppendKvParams& p);  // whether append_kv returns true
 bool decode_attention(const DecodeAttentionParams& p, const Stream& stream, Status* status);
 int64_t workspace_bytes(const DecodeAttentionParams& p);  // 0 where decode_attention returns false
 
