@@ -265,6 +265,13 @@ def test_append_kv_where_one_phi_is_per_head(
     assert_appends_like_reference(call)
 
 
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 2304), (1, 2312), (40, 2304)])
+@by_target
+def test_append_kv_of_a_wide_hidden_layer(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
+    case = Case("wide", (48, 64, 50), heads=(2, 2), dims=(64, 64), queries=(tokens,) * 3)
+    assert_appends_like_reference(Append(Inputs(case, dtype, device), "ring", hidden=hidden))
+
+
 @by_target
 def test_append_kv_without_a_tail(device: str, dtype: torch.dtype) -> None:
     """A compressed block of one token needs none of the tokens before."""

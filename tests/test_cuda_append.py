@@ -83,3 +83,11 @@ def test_a_short_step_on_hopper_needs_no_memory(cuda_path: str, per_head: tuple[
     append()
     on_hopper = cuda_path == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     assert (torch.cuda.max_memory_allocated() == before) == on_hopper
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_hidden_layer_without_a_kernel_is_named(tokens: int) -> None:
+    case = Case("odd", (48, 64, 50), heads=(2, 2), dims=(64, 64), queries=(tokens,) * 3)
+    call = Append(Inputs(case, torch.bfloat16, "cuda"), "ring", hidden=12)
+    with pytest.raises(ValueError, match="append_kv: head dim 64 with hidden size 12 has no CUDA kernel"):
+        call.run()

@@ -16,7 +16,7 @@ namespace nsa::cuda::portable {
 constexpr int kAppendHeads = 4;  // that share one read of the weights
 constexpr int kMaxAppendHidden = 2048;
 
-// The workspace, of few tokens and of many.
+// The workspace, block by block and packed.
 struct AppendPlan {
   bool packed;
   int blocks_per_sequence;  // that a step can complete
@@ -230,7 +230,8 @@ __device__ __forceinline__ void load_chunk(Chunk* out, const RowsView& from, con
 inline AppendPlan make_append_plan(const AppendKvParams& p) {
   AppendPlan plan{};
   const KeyBlocks blocks = p.k.phi.blocks;
-  plan.packed = p.seqs.max_seqlen_q > kMaxDecodeTokens;
+  plan.packed = p.seqs.max_seqlen_q > kMaxDecodeTokens ||
+                max(p.k.phi.hidden_size, p.v.phi.hidden_size) > kMaxAppendHidden;
   plan.blocks_per_sequence = static_cast<int>(max64(1, ceil_div(p.seqs.max_seqlen_q, blocks.stride)));
   plan.rows = p.seqs.total_q + p.seqs.batch * (blocks.block - 1);
   return plan;

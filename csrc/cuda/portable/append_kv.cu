@@ -3,7 +3,8 @@
 // A few tokens per sequence complete a block now and then. Then the first product of phi, whose weights are
 // what costs, is split over the tokens of the block, in float: one launch for the partial sums, one that
 // finishes phi and stores the tokens (in this order: phi reads the ring that they are stored to). Longer
-// steps pack the tokens of all finished blocks and take the kernel of nsa::compress.
+// steps, and hidden layers that do not fit, pack the tokens of all finished blocks and take the kernel of
+// nsa::compress.
 #include "cuda/portable/append_blocks.cuh"
 #include "cuda/portable/launch.h"
 #include "cuda/portable/types.cuh"
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Longer steps.
+// By the kernel of nsa::compress.
 
 __global__ void append_offsets_portable(const __grid_constant__ AppendKvParams p,
                                         const __grid_constant__ AppendPlan plan) {
@@ -202,12 +203,11 @@ int64_t workspace_bytes(const AppendKvParams& p) {
 
 Status append_kv(const AppendKvParams& p, const Stream& stream) {
   for (const CompressFwdParams* phi : {&p.k.phi, &p.v.phi}) {
-    if (phi->head_dim % 16 || phi->head_dim > kMaxAppendDim || phi->hidden_size % kVector ||
-        phi->hidden_size > kMaxAppendHidden) {
+    if (phi->head_dim % 16 || phi->head_dim > kMaxAppendDim || phi->hidden_size % kVector) {
       return Status::error(
           StatusCode::kUnsupported,
           "head dim %d with hidden size %d has no CUDA kernel: they must be multiples of 16 up to "
-          "256 and of 8 up to 2048",
+          "256 and of 8",
           phi->head_dim, phi->hidden_size);
     }
   }
