@@ -261,11 +261,51 @@ __device__ __forceinline__ void choose_best(const ScoreRows<kRows>& rows, int k,
   write_best(rows, k, out, out_pitch, held, kept, lane);
 }
 
+// Of rows that hold keys, those with fewer than k above zero: these, whose indices are in kept, and the first
+// of the zeros, in order. Softmax that is all but one-hot makes such rows. held: 0 of what is written.
+template <int kRows>
+__device__ __forceinline__ void write_above_zero(const ScoreRows<kRows>& rows, int k, int32_t* out,
+                                                 int64_t out_pitch, int (&held)[kRows], Candidates& kept,
+                                                 int lane) {
+  unsigned few = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) few |= held[r] < k ? 1u << r : 0;
+  const unsigned lower_lanes = (1u << lane) - 1;
+#pragma unroll 1
+  for (; few; few &= few - 1) {
+    const int r = __ffs(few) - 1;
+    const int* const keys = reinterpret_cast<const int*>(rows.scores + r * rows.pitch);
+    int* const indices = kept.index + r * kMaxRanked;
+    int num = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i == r) num = held[i], held[i] = 0;
+    }
+#pragma unroll 1
+    for (int first = rows.begin; num < k && first < rows.end; first += 32) {
+      const int i = first + lane;
+      const bool zero = i < rows.end && keys[i] == 0;
+      const unsigned zeros = __ballot_sync(~0u, zero);
+      const int at = num + __popc(zeros & lower_lanes);
+      if (zero && at < k) indices[at] = i;
+      num += __popc(zeros);
+    }
+    __syncwarp();
+    const int mine = lane < k ? indices[lane] : 0x7fffffff;
+    int before = 0;
+#pragma unroll 1
+    for (int i = 0; i < k; ++i) before += __shfl_sync(~0u, mine, i) < mine;
+    if (lane < k) out[r * out_pitch + before] = mine;
+  }
+  __syncwarp();
+}
+
 constexpr int kNoRow = 0x7fffffff;  // no bound is as large, but the key of a NaN
 
 // The same of rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1; lower bounds
-// of their k-th largest keys are known. kNoRow: nothing of that row is written.
-template <int kRows>
+// of their k-th largest keys are known. kNoRow: nothing of that row is written. kAboveZero: the bounds are
+// above zero, and a row may have fewer than k keys that reach them, all others zero.
+template <int kRows, bool kAboveZero>
 __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows, int padded_end,
                                                     const int (&bound)[kRows], int k, int32_t* out,
                                                     int64_t out_pitch, Candidates& kept, int lane) {
@@ -326,9 +366,13 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
       load(slot, chunk + kAhead * kChunk);
     }
   }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) held[r] = bound[r] == kNoRow ? 0 : held[r];
   __syncwarp();
+  if constexpr (kAboveZero) {
+    write_above_zero(rows, k, out, out_pitch, held, kept, lane);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) held[r] = bound[r] == kNoRow ? 0 : held[r];
+  }
   write_best(rows, k, out, out_pitch, held, kept, lane);
 }
 
@@ -354,7 +398,7 @@ struct PackedKey {
   }
 };
 
-// The largest keys of a part of a row, packed, in descending order.
+// The largest keys of a part of a row in descending order, packed where there are more than two.
 template <int kKept>
 struct BestOfPart {
   int best[kKept];
@@ -363,12 +407,14 @@ struct BestOfPart {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) best[i] = PackedKey::kNone;
   }
-  __device__ __forceinline__ void add(int packed) {
+  // name: of the block, as in PackedKey.
+  __device__ __forceinline__ void add(int key, bool candidate, int mask, int name) {
+    int value = !candidate ? PackedKey::kNone : kKept > 2 ? PackedKey::pack(key, mask, name) : key;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int lower = min(best[i], packed);
-      best[i] = max(best[i], packed);
-      packed = lower;
+      const int lower = min(best[i], value);
+      best[i] = max(best[i], value);
+      value = lower;
     }
   }
 };
@@ -451,11 +497,16 @@ __device__ __forceinline__ void choose_best_of_parts(const ScoreRows<2>& rows, i
     for (int r = 0; r < 2; ++r) {
       const int one = __shfl_sync(~0u, part.best[0], r * kRowParts + lane % kRowParts),
                 other = __shfl_sync(~0u, part.best[1], r * kRowParts + lane % kRowParts);
-      bound[r] = PackedKey::key(lane < kRowParts ? one : other, mask);
+      const int best = lane < kRowParts ? one : other;
+      bound[r] = kKept > 2 ? PackedKey::key(best, mask) : best;
     }
     find_bounds(bound, k, lane);
   }
-  choose_best_of_keys(rows, padded_end, bound, k, out, out_pitch, kept, lane);
+  // Where the parts leave no doubt of most rows, none of this is worth registers.
+  constexpr bool kAboveZero = kKept == 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) bound[r] = kAboveZero ? max(bound[r], 1) : bound[r];
+  choose_best_of_keys<2, kAboveZero>(rows, padded_end, bound, k, out, out_pitch, kept, lane);
 }
 
 // What a choice is told.

@@ -162,7 +162,7 @@ __device__ __forceinline__ void select(const ScoresTask& task, typename Tile::Sh
         const bool candidate =
             name <= mask - task.num_initial && block <= (kOctets == 1 ? kept_last : last_of(o));
         out[o * 8 * task.pitch] = candidate ? score : -1;
-        best[o].add(candidate ? PackedKey::pack(score, mask, name) : PackedKey::kNone);
+        best[o].add(score, candidate, mask, name);
       }
       name -= 16;
       out += 16;

@@ -325,11 +325,11 @@ struct Unnormalised {
   double scale;
   std::vector<__nv_bfloat16> q, k;
 
-  void draw(int seed) {
+  void draw(int seed, float factor = 1.f) {
     std::mt19937 generator(seed);
     std::normal_distribution<float> normal;
     q.resize(size_t(queries) * heads_q * dim), k.resize(size_t(keys) / 16 * heads_kv * dim);
-    for (auto& x : q) x = static_cast<__nv_bfloat16>(normal(generator));
+    for (auto& x : q) x = static_cast<__nv_bfloat16>(factor * normal(generator));
     for (auto& x : k) x = static_cast<__nv_bfloat16>(normal(generator));
   }
 
@@ -447,6 +447,25 @@ TEST_CASE("Hopper scores and selection: several items a pipeline", "[sm90][score
     const Unnormalised::Results results = problem.run(choice);
     CHECK(problem.worst_score(results, 499) < 2e-5);
     CHECK(problem.wrong_rows(results, choice, 7) == 0);
+  }
+}
+
+// Softmax that is nearly or quite one-hot: few scores are above zero, or none, and the others equal.
+TEST_CASE("Hopper selection: scores of peaked attention", "[sm90][scores]") {
+  if (!nsa_test::is_hopper()) return;
+  for (const int heads_kv : {8, 4, 2, 1}) {
+    for (const auto& [dim, keys] : {std::pair{64, 40000}, {128, 12032}}) {
+      Unnormalised problem{701, keys, 8, heads_kv, dim, 0.f, 1 / std::sqrt(static_cast<double>(dim)), {}, {}};
+      for (const float factor : {30.f, 60.f, 100.f, 300.f}) {
+        problem.draw(9, factor);
+        for (const float largest : {3.3f, 4.f, 10.f}) {
+          CAPTURE(heads_kv, dim, factor, largest);
+          problem.lse = largest * factor;
+          for (const Choice& choice : std::vector<Choice>{{16, 1, 2}, {24, 0, 0}, {3, 0, 1}})
+            CHECK(problem.wrong_rows(choice, 23) == 0);
+        }
+      }
+    }
   }
 }
 
