@@ -101,6 +101,83 @@ def test_gate_of_attention(case: Case, gates: str, dtype: torch.dtype) -> None:
         assert torch.equal(results[0], o) and torch.equal(results[1], indices)
 
 
+def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -> None:
+    """What makes the choice of blocks hard: scores that are equal or nearly, of all magnitudes, relative to
+    maxima that change often, or no numbers."""
+    if kind == "zero queries":
+        q[::3] = 0
+    elif kind == "equal blocks":
+        k_cmp[512:] = k_cmp[: k_cmp.shape[0] - 512].clone()
+    elif kind == "near ties":
+        k_cmp[:] = k_cmp[:8].repeat(k_cmp.shape[0] // 8 + 1, 1, 1)[: k_cmp.shape[0]] + 2.0**-7 * k_cmp
+    elif kind == "smooth":
+        k_cmp[:] = 0.1 * k_cmp.float().cumsum(0)
+    elif kind == "growing":  # towards the oldest keys, which come last
+        k_cmp *= torch.linspace(8, 0, k_cmp.shape[0], device=k_cmp.device)[:, None, None].to(k_cmp.dtype)
+    elif kind == "not a number":
+        q[::7] = float("nan")
+    elif kind == "peaked":
+        q *= 15
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("queries", "keys", "kind"),
+    [
+        (33_000, 33_000, "random"),
+        (100, 20_001, "random"),
+        (37, 70_000, "random"),
+        (5_000, 21_000, "zero queries"),
+        (5_000, 21_000, "equal blocks"),
+        (5_000, 21_000, "near ties"),
+        (5_000, 21_000, "smooth"),
+        (5_000, 21_000, "growing"),
+        (5_000, 21_000, "not a number"),
+        (5_000, 21_000, "peaked"),
+    ],
+)
+def test_choice_inside_compressed_attention(queries: int, keys: int, kind: str, dtype: torch.dtype) -> None:
+    """On long sequences compressed attention chooses the blocks. They score like those that select_blocks
+    chooses, and o is made of them, bit by bit the same in all that runs them."""
+    case = Case(
+        "long", (keys,), queries=(queries,), heads=(32, 2), dims=(128, 128), select=(16, 1, 2), packed=False
+    )
+    x = Inputs(case, dtype, "cuda", q_scale=2.0)
+    tensors = attention_tensors(x)
+    q, k_cmp, v_cmp, k_slc, v_slc, *_, gates = tensors.values()
+    unusual_scores(kind, x, q, k_cmp)
+    o, indices, *branches = op("attention_forward")(*tensors.values(), *attention_rest(x))
+    for _ in range(2):
+        again = op("attention")(*tensors.values(), *attention_rest(x))
+        assert torch.equal(again[0], o) and torch.equal(again[1], indices)
+    if kind == "not a number":
+        own = case.own_blocks().cuda()[:, None, None]
+        assert ((indices >= 0) & (indices <= own)).all() and (indices.diff(dim=2) > 0).all()
+        return
+    assert torch.equal(o, op("gated_combine")(*branches[:3], gates))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op("attention")(*tensors.values(), *attention_rest(x))
+    graph.replay()
+    assert torch.equal(captured[0], o) and torch.equal(captured[1], indices)
+
+    cu, scale = x.cu, x.scale
+    o_cmp, lse_cmp = op("compressed_attention")(q, k_cmp, v_cmp, *cu, *case.compress, scale)
+    assert (branches[3] - lse_cmp).nan_to_num().abs().max() < 1e-4
+    roundings = {"atol": 2.0**-6, "rtol": 2.0**-6}
+    torch.testing.assert_close(branches[0].float(), o_cmp.float(), **roundings)
+    o_slc = op("selected_attention")(q, k_slc, v_slc, indices, *cu, case.block_size, scale)[0]
+    torch.testing.assert_close(branches[1].float(), o_slc.float(), **roundings)
+    scores = op("block_scores")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, scale)
+    best = op("select_blocks")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, *case.select, scale)
+    assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
+    chosen, expected = (
+        torch.where(i < 0, 0, scores.gather(2, i.clamp(min=0).long())).sort(2).values for i in (indices, best)
+    )
+    # Far below 1, exponentials have the error of their exponents: large logits times the precision of fp32.
+    assert (chosen >= expected * (1 - (1e-4 if kind == "peaked" else 4e-6)) - 1e-30).all()
+
+
 def test_last_kernel_waits_for_the_window() -> None:
     """Selected attention may begin while the window is at work, whose output its gate reads at the end."""
     case = Case("late", (6000,), heads=(32, 2), dims=(128, 128), select=(1, 0, 1), window=6000, packed=False)

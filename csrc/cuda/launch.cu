@@ -20,6 +20,8 @@ bool use_sm90() {
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
+constexpr int64_t kTicketBytes = 256;  // in front of what has to be aligned
+
 }  // namespace
 
 // Operations with Hopper kernels.
@@ -48,18 +50,22 @@ NSA_LAUNCH_PORTABLE(attention_delta, DeltaParams)
 // The order lets a kernel begin while the one in front ends: the selection reads only lse of what compressed
 // attention writes, the window nothing that the selection writes, and selected attention nothing of the
 // window before the gate, which is the end of a tile's work. Compressed attention, which has ended when the
-// last kernel begins, zeroes the ticket by which that one deals out its tiles.
+// last kernel begins, zeroes the ticket by which that one deals out its tiles. On long sequences it chooses
+// the blocks too.
 Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   const bool hopper = use_sm90();
   Status status;
   int* ticket = static_cast<int*>(p.workspace);
-  if (!hopper || !sm90::banded_attention_forward(p.cmp, stream, &status, sm90::Begin::kOnTime, ticket)) {
-    ticket = nullptr;
-    status = portable::banded_attention_forward(p.cmp, stream);
+  void* const sums = static_cast<char*>(p.workspace) + kTicketBytes;
+  if (!hopper || !sm90::compressed_selection_forward(p.cmp, p.select, sums, ticket, stream, &status)) {
+    if (!hopper || !sm90::banded_attention_forward(p.cmp, stream, &status, sm90::Begin::kOnTime, ticket)) {
+      ticket = nullptr;
+      status = portable::banded_attention_forward(p.cmp, stream);
+    }
+    if (!status.ok()) return status;
+    if (!hopper || !sm90::select_blocks(p.select, stream, &status, sm90::Begin::kEarly))
+      status = portable::select_blocks(p.select, stream);
   }
-  if (!status.ok()) return status;
-  if (!hopper || !sm90::select_blocks(p.select, stream, &status, sm90::Begin::kEarly))
-    status = portable::select_blocks(p.select, stream);
   if (!status.ok()) return status;
   if (!hopper || !sm90::banded_attention_forward(p.swa, stream, &status, sm90::Begin::kEarly))
     status = portable::banded_attention_forward(p.swa, stream);
@@ -117,7 +123,9 @@ bool writes_key_results(const BandedAttentionBwdParams&) { return true; }
 int64_t workspace_bytes(const SelectBlocksParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }
-int64_t workspace_bytes(const AttentionFwdParams&) { return use_sm90() ? sizeof(int) : 0; }
+int64_t workspace_bytes(const AttentionFwdParams& p) {
+  return use_sm90() ? kTicketBytes + sm90::compressed_selection_workspace(p.cmp, p.select) : 0;
+}
 int64_t workspace_bytes(const BandedAttentionBwdParams& p) {
   return max64(portable::workspace_bytes(p), sm90::workspace_bytes(p));
 }

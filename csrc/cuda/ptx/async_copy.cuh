@@ -16,6 +16,15 @@ __device__ __forceinline__ void store_shared_16(uint32_t shared, uint32_t a, uin
                : "memory");
 }
 
+// PTX: ld.shared.v4.
+__device__ __forceinline__ void load_shared_16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                               uint32_t shared) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(shared)
+               : "memory");
+}
+
 // PTX: cp.async. With valid == false nothing is read and 16 zero bytes are written.
 __device__ __forceinline__ void async_copy_16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)

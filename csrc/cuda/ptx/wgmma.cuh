@@ -58,6 +58,7 @@ __device__ __forceinline__ void claim_registers() {
 #define NSA_ACC_16(i) NSA_ACC_8(i), NSA_ACC_8(i + 8)
 #define NSA_ACC_96(i) NSA_ACC_64(i), NSA_ACC_32(i + 64)
 #define NSA_ACC_40(i) NSA_ACC_32(i), NSA_ACC_8(i + 32)
+#define NSA_ACC_72(i) NSA_ACC_64(i), NSA_ACC_8(i + 64)
 #define NSA_ACC_88(i) NSA_ACC_64(i), NSA_ACC_8(i + 64), NSA_ACC_8(i + 72), NSA_ACC_8(i + 80)
 #define NSA_ACC_128(i) NSA_ACC_64(i), NSA_ACC_64(i + 64)
 #define NSA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -84,6 +85,16 @@ __device__ __forceinline__ void claim_registers() {
   "%40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, " \
   "%56, %57, %58, %59, %60, %61, %62, %63"
+#define NSA_REGISTERS_72                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71"
 #define NSA_REGISTERS_88                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, "         \
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \
@@ -213,11 +224,13 @@ __device__ __forceinline__ void wgmma_shared_transposed(float (&acc)[kN / 2], ui
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint32_t (&a)[4], uint64_t b_desc,
                                                 bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 192);
+  static_assert(kN == 64 || kN == 128 || kN == 144 || kN == 192);
   if constexpr (kIsHalf<T>) {
     if constexpr (kN == 64) NSA_WGMMA_REGISTERS(64, 32, "f16", "1", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128)
       NSA_WGMMA_REGISTERS(128, 64, "f16", "1", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 144)
+      NSA_WGMMA_REGISTERS(144, 72, "f16", "1", "%72", "%73", "%74", "%75", "%76", "%77");
     if constexpr (kN == 192)
       NSA_WGMMA_REGISTERS(192, 96, "f16", "1", "%96", "%97", "%98", "%99", "%100", "%101");
   } else {
@@ -225,6 +238,8 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[kN / 2], const uint
       NSA_WGMMA_REGISTERS(64, 32, "bf16", "1", "%32", "%33", "%34", "%35", "%36", "%37");
     if constexpr (kN == 128)
       NSA_WGMMA_REGISTERS(128, 64, "bf16", "1", "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 144)
+      NSA_WGMMA_REGISTERS(144, 72, "bf16", "1", "%72", "%73", "%74", "%75", "%76", "%77");
     if constexpr (kN == 192)
       NSA_WGMMA_REGISTERS(192, 96, "bf16", "1", "%96", "%97", "%98", "%99", "%100", "%101");
   }
@@ -258,6 +273,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_40
 #undef NSA_REGISTERS_64
+#undef NSA_REGISTERS_72
 #undef NSA_REGISTERS_88
 #undef NSA_REGISTERS_96
 #undef NSA_REGISTERS_128
@@ -266,6 +282,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&acc)[kN / 2], const
 #undef NSA_ACC_32
 #undef NSA_ACC_40
 #undef NSA_ACC_64
+#undef NSA_ACC_72
 #undef NSA_ACC_88
 #undef NSA_ACC_96
 #undef NSA_ACC_128

@@ -11,6 +11,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/block_sums.cuh"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/launch.h"
@@ -39,10 +40,12 @@ struct Item {
   bool stop;              // there is no further item, nor this one
 };
 
-template <int kDimQK, int kDimV, int kTileKeys>
+// kChooses: compressed attention that chooses blocks.
+template <int kDimQK, int kDimV, int kTileKeys, bool kChooses>
 struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   using Config = BandedConfig<kDimQK, kDimV, kTileKeys>;
   static constexpr int kKeys = kTileKeys;
+  static constexpr bool kChoosing = kChooses;
   static constexpr int kThreads = (Config::kConsumers + 1) * 128;
   static constexpr int kItemSlots = 8;
   // The Q of an item is loaded when the item kStagesQ before it is past its last scores, so that the one
@@ -61,11 +64,35 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);  // of a warpgroup
   static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
   static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
+  static constexpr int kPanelBytes = kKeys * kPanelPitch;
   static constexpr int kK = kQ + Config::kStagesQ * Config::kConsumers * kBytesQ;
   static constexpr int kV = kK + Config::kStages * kBytesK;
-  static constexpr int kBytes = kV + Config::kStages * kBytesV;
+  static constexpr int kWeights = kV + Config::kStages * kBytesV;
+  static constexpr int kCandidates = kWeights + (kChoosing ? kPanelBytes : 0);
+  static constexpr int kWarps = kChoosing ? Config::kConsumers * 4 : 0;  // that choose
+  static constexpr int kEpochs = kCandidates + kWarps * static_cast<int>(sizeof(Candidates));
+  static constexpr int kBytes = kEpochs + kWarps * static_cast<int>(sizeof(SumsEpochs));
   static_assert(kItems + kItemSlots * Config::kConsumers * sizeof(Item) <= kQ);
   static_assert(kKeys % 8 == 0 && kBytes <= 232448);
+
+  // Where the tile of a stage begins, and how far its panels lie apart.
+  struct Panels {
+    uint32_t begin, pitch;
+  };
+  // The weights of a choice are the third panel of every V. So that there is one of them for all stages,
+  // panels of V lie the farther apart the farther they are from it, and those of K lie between.
+  __device__ static Panels k_panels(uint32_t slot) {
+    if (!kChoosing) return {kK + slot * kBytesK, kPanelBytes};
+    return {kK + digit(0x025, slot) * kPanelBytes, digit(0x112, slot) * kPanelBytes};
+  }
+  __device__ static Panels v_panels(uint32_t slot) {
+    if (!kChoosing) return {kV + slot * kBytesV, kPanelBytes};
+    return {kK + digit(0x46a, slot) * kPanelBytes, digit(0x431, slot) * kPanelBytes};
+  }
+
+ private:
+  static_assert(!kChoosing || (Config::kStages == 3 && kDimQK == 128 && kDimV == 128));
+  __device__ static uint32_t digit(uint32_t digits, uint32_t slot) { return digits >> (4 * slot) & 15; }
 };
 
 // The tokens of a thread's two rows, counted from the first of the warpgroup.
@@ -94,6 +121,7 @@ struct BandedPlan {
   float scale;    // with log2(e) in it
   bool early;     // Begin::kEarly, for the window alone
   int* zeroed;    // or null: set to 0
+  SumsPlan sums;
 };
 
 // Where the tile with this number lies in the ring, and the parity of its pass over it.
@@ -181,11 +209,11 @@ __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, cons
 template <int kDimQK, int kDimV, typename Layout>
 __device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base, unsigned char* shared) {
   constexpr int kKeys = Layout::kKeys, kStages = Layout::kStages, kConsumers = Layout::kConsumers;
-  const auto load_keys = [&](uint32_t target, const CUtensorMap& map, uint32_t barrier, int dim, int head,
-                             int row) {
+  const auto load_keys = [&](typename Layout::Panels target, const CUtensorMap& map, uint32_t barrier,
+                             int dim, int head, int row) {
 #pragma unroll 1
     for (int panel = 0; panel < dim / kPanel; ++panel) {
-      ptx::bulk_load_3d(target + panel * kKeys * kPanelPitch, &map, barrier, panel * kPanel, head, row);
+      ptx::bulk_load_3d(base + target.begin + panel * target.pitch, &map, barrier, panel * kPanel, head, row);
     }
   };
   // Behind the last item there is nothing to load: the consumers are woken.
@@ -232,11 +260,11 @@ __device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base
                      full_v = base + Layout::kFullV + 8 * ring.slot;
       ptx::barrier_wait(base + Layout::kEmptyK + 8 * ring.slot, ring.parity ^ 1);
       ptx::barrier_arrive_expect(full_k, Layout::kBytesK);
-      load_keys(base + Layout::kK + ring.slot * Layout::kBytesK, plan.k, full_k, kDimQK, head, row);
+      load_keys(Layout::k_panels(ring.slot), plan.k, full_k, kDimQK, head, row);
       if (i == 0) load_queries(count, item);
       ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
       ptx::barrier_arrive_expect(full_v, Layout::kBytesV);
-      load_keys(base + Layout::kV + ring.slot * Layout::kBytesV, plan.v, full_v, kDimV, head, row);
+      load_keys(Layout::v_panels(ring.slot), plan.v, full_v, kDimV, head, row);
     }
   }
 }
@@ -252,35 +280,42 @@ __device__ __forceinline__ void mask_columns(float (&s)[kCount], const int (&bou
   }
 }
 
+// A tile in shared memory: its address, and the rows that its panels lie apart.
+struct TileAddress {
+  uint32_t begin;
+  int rows;
+};
+
 template <typename T, int kDimQK, int kKeys>
-__device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], uint32_t q, uint32_t k) {
+__device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], uint32_t q, TileAddress k) {
 #pragma unroll
   for (int d = 0; d < kDimQK; d += 16) {
-    ptx::wgmma_shared<T, kKeys>(s, k_major_descriptor(q, kWarpgroupRows, d), k_major_descriptor(k, kKeys, d),
-                                d > 0);
+    ptx::wgmma_shared<T, kKeys>(s, k_major_descriptor(q, kWarpgroupRows, d),
+                                k_major_descriptor(k.begin, k.rows, d), d > 0);
   }
   ptx::wgmma_commit();
 }
 
-template <typename T, int kDimV, int kKeys>
-__device__ __forceinline__ void multiply_values(float (&o)[kDimV / 2], const uint32_t (&p)[kKeys / 16][4],
-                                                uint32_t v, bool accumulate) {
+template <typename T, int kColumns, int kKeys>
+__device__ __forceinline__ void multiply_values(float (&o)[kColumns / 2], const uint32_t (&p)[kKeys / 16][4],
+                                                TileAddress v, bool accumulate) {
 #pragma unroll
   for (int k = 0; k < kKeys; k += 16) {
-    ptx::wgmma_registers<T, kDimV>(o, p[k / 16], mn_major_descriptor(v, kKeys, k), accumulate || k > 0);
+    ptx::wgmma_registers<T, kColumns>(o, p[k / 16], mn_major_descriptor(v.begin, v.rows, k),
+                                      accumulate || k > 0);
   }
   ptx::wgmma_commit();
 }
 
 // Values that no query sees are multiplied by P = 0, so they must be numbers.
 template <int kDimV, int kKeys>
-__device__ __forceinline__ void clear_unseen_values(uint32_t v, int begin, int seen_lo, int seen_hi,
+__device__ __forceinline__ void clear_unseen_values(TileAddress v, int begin, int seen_lo, int seen_hi,
                                                     int thread, int barrier) {
   for (int i = thread; i < kKeys * kDimV / 8; i += 128) {
     const int key = begin + i / (kDimV / 8);
     if (key < seen_lo || key >= seen_hi) {
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
-                       v + swizzled_offset(kKeys, i / (kDimV / 8), i % (kDimV / 8))),
+                       v.begin + swizzled_offset(v.rows, i / (kDimV / 8), i % (kDimV / 8))),
                    "r"(0)
                    : "memory");
     }
@@ -331,17 +366,24 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   constexpr int kKeys = Layout::kKeys;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int row0 = thread / 32 * 16 + lane / 4;
-  const TokenPair tokens{static_cast<short>(row0 / plan.group), static_cast<short>((row0 + 8) / plan.group)};
+  constexpr bool kChoosing = Layout::kChoosing;
+  const int group = kChoosing ? kSumsGroup : plan.group;
+  const TokenPair tokens{static_cast<short>(row0 / group), static_cast<short>((row0 + 8) / group)};
   using Ring = RingPosition<Layout::kStages>;
   const auto release = [&](int barriers, Ring ring) {
     ptx::barrier_arrive_if(base + barriers + 8 * ring.slot, lane == 0);
   };
   // The same in all lanes, and known to be: descriptors are then made in uniform registers.
   const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
-  const auto k_tile = [&](Ring ring) { return base + Layout::kK + uniform(ring.slot) * Layout::kBytesK; };
-  const auto v_tile = [&](Ring ring) { return base + Layout::kV + uniform(ring.slot) * Layout::kBytesV; };
+  const auto tile_at = [&](typename Layout::Panels panels) {
+    return TileAddress{base + panels.begin, static_cast<int>(panels.pitch) / kPanelPitch};
+  };
+  const auto k_tile = [&](Ring ring) { return tile_at(Layout::k_panels(uniform(ring.slot))); };
+  const auto v_tile = [&](Ring ring) { return tile_at(Layout::v_panels(uniform(ring.slot))); };
 
-  float s[kKeys / 2], o[kDimV / 2];
+  // A choice makes sums over selection blocks beside the outputs.
+  constexpr int kColumns = kDimV + (kChoosing ? kBlockSums : 0);
+  float s[kKeys / 2], o[kColumns / 2];
   uint32_t probabilities[kKeys / 16][4];
   RowPair rows;
   uint32_t count = 0;  // items so far
@@ -361,8 +403,12 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     ptx::barrier_wait(base + Layout::kFullQ + 8 * q_slot(which),
                       RingPosition<Layout::kStagesQ>(which).parity);
   };
-  const auto release_queries = [&](bool last) {
-    ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * q_slot(count), last && lane == 0);
+  const auto release_queries = [&](uint32_t item, bool last) {
+    ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * q_slot(item), last && lane == 0);
+  };
+  // Keys that a token sees end there.
+  const auto end_of = [&](int position) {
+    return kChoosing ? sum_keys_seen(position) : plan.visible.end(position);
   };
   // Key tiles of an item are numbered from the oldest, 0, to the newest, where the work begins.
   const auto mask = [&](int key_tile) {
@@ -372,8 +418,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     const int t[2] = {item.position + tokens.first, item.position + tokens.second};
     constexpr int kEdge = 32;  // windows are cut within so many columns of a tile's end
     if (begin + kKeys > item.safe_hi) {
-      const int end[2] = {min(plan.visible.end(t[0]), item.num_keys) - first,
-                          min(plan.visible.end(t[1]), item.num_keys) - first};
+      const int end[2] = {min(end_of(t[0]), item.num_keys) - first, min(end_of(t[1]), item.num_keys) - first};
       mask_columns<true, kKeys - kEdge, kKeys>(s, end);
       if (begin + kKeys - kEdge > item.safe_hi) mask_columns<true, 0, kKeys - kEdge>(s, end);
     }
@@ -407,7 +452,60 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   const auto pass_turn = [&](bool condition) {
     if (kWindow) ptx::named_barrier_arrive_if(kTurns + (last ? 0 : consumer + 1), 256, condition);
   };
+  // What a choice adds to the end of a product with V, and of an item.
+  constexpr uint32_t kRecord = sizeof(SumsRecord);
+  const uint32_t records =
+      kChoosing ? (blockIdx.x * Layout::kConsumers * 4 + threadIdx.x / 32) * plan.sums.max_tiles * kRecord
+                : 0;
+  const auto epochs = [&]() -> SumsEpochs& {
+    return reinterpret_cast<SumsEpochs*>(shared + Layout::kEpochs)[threadIdx.x / 32];
+  };
+  // Then they are zero, for the next tile.
+  const auto keep_for_choice = [&](int key_tile) {
+    if constexpr (kChoosing) {
+      keep_sums<T>(reinterpret_cast<SumsRecord*>(plan.sums.records + (records + key_tile * kRecord)),
+                   o + kDimV / 2, probabilities[kKeys / 16 - 1], lane);
+#pragma unroll
+      for (int i = kDimV / 2; i < kColumns / 2; ++i) o[i] = 0.f;
+      ptx::pin_registers(o);
+    }
+  };
+  // The end of an item: outputs, and the choice, by warps that have a token.
+  const auto store = [&](const volatile Item& item) {
+    store_rows<T, kDimV>(p, group, item, reinterpret_cast<const float(&)[kDimV / 2]>(o), rows, tokens, row0,
+                         lane);
+  };
+  const auto store_and_choose = [&](const volatile Item& item) {
+    // Not known before, or what depends on it alone would be computed in front of all loops, and kept.
+    const int here = ptx::keep(threadIdx.x), warp = here / 32, token = warp % 4;
+    if (token >= item.tokens) return;
+    const int of_grid = blockIdx.x * Layout::kConsumers * 4 + warp, position = item.position + token;
+    __syncwarp();
+    SumsReader reader(reinterpret_cast<const SumsRecord*>(plan.sums.records + records),
+                      own_block(plan.sums, position) + 1 - plan.sums.counts.num_local, here % 32);
+    store(item);
+    reader.load_rest();
+    SumsEpochs& epochs = reinterpret_cast<SumsEpochs*>(shared + Layout::kEpochs)[warp];
+    keep_lse(epochs, rows, here % 32);
+    const int64_t row = (item.row + token) * p.shape.num_heads_kv + item.head;
+    const auto find_token = [&] {
+      return TokenScores{q_tile(count - 1) + token * kSumsGroup * kPanelPitch,
+                         static_cast<const char*>(p.k.data) +
+                             (item.first_row * p.k.stride_row + item.head * p.k.stride_head) * 2,
+                         static_cast<uint32_t>(p.k.stride_row * 2), min(end_of(position), item.num_keys),
+                         plan.scale};
+    };
+    const bool done = choose_from_sums<T>(plan.sums, reader, epochs,
+                                          reinterpret_cast<Candidates*>(shared + Layout::kCandidates)[warp],
+                                          of_grid, row, position, find_token);
+    if (here % 32 == 0) {
+      plan.sums.unfinished[row] = !done;
+      if (!done) plan.sums.any_unfinished[of_grid] = 1;
+    }
+  };
   clear_idle_rows<kDimQK, Layout>(base, plan.part * plan.group, thread, consumer);
+  if (kChoosing && lane == 0)
+    plan.sums.any_unfinished[blockIdx.x * Layout::kConsumers * 4 + threadIdx.x / 32] = 0;
   wait_for_queries(0);
   bool stop = item_of(0).stop;
   pass_turn(last && !stop);
@@ -423,11 +521,17 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     // The scores of the newest tile are in s.
     release(Layout::kEmptyK, Ring(tiles));
     int left = item_of(count).num_tiles - 1;
-    bool started = false;  // o holds something
-    release_queries(left == 0);
+    bool started = false;       // o holds something
+    if constexpr (kChoosing) {  // defined here, so that the choice before has their registers
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) o[i] = 0.f;
+      ptx::pin_registers(o);
+    }
+    release_queries(count, left == 0 && !kChoosing);
     rows.clear();
     mask(left);
     softmax_update(s, rows, plan.scale);
+    if constexpr (kChoosing) begin_epoch(epochs(), left, rows, true, lane);
     pack_fragments<T>(probabilities, s);
 #pragma unroll 1
     for (; left > 0; ++tiles) {
@@ -437,22 +541,24 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
       wait_for_turn();
       ptx::wgmma_fence();
       multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
-      multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
+      multiply_values<T, kColumns, kKeys>(o, probabilities, v_tile(Ring(tiles)), kChoosing || started);
       pass_turn(true);
       started = true;
       ptx::wgmma_wait<1>();
       ptx::pin_registers(s);
       release(Layout::kEmptyK, Ring(tiles + 1));
-      release_queries(left == 0);
+      release_queries(count, left == 0 && !kChoosing);
       mask(left);
       const bool rescale = softmax_update(s, rows, plan.scale);
       if (left > 0 && rows.sum[0] + rows.sum[1] >= 0.f) wait_for_keys(Ring(tiles + 2));
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       release(Layout::kEmptyV, Ring(tiles));
+      keep_for_choice(left + 1);
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < kDimV / 2; ++i) o[i] *= rows.shrink[i / 2 % 2];
+        if constexpr (kChoosing) begin_epoch(epochs(), left, rows, false, lane);
       }
       pack_fragments<T>(probabilities, s);
     }
@@ -460,30 +566,47 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     wait_for_values(Ring(tiles), 0);
     wait_for_turn();
     ptx::wgmma_fence();
-    multiply_values<T, kDimV, kKeys>(o, probabilities, v_tile(Ring(tiles)), started);
+    multiply_values<T, kColumns, kKeys>(o, probabilities, v_tile(Ring(tiles)), kChoosing || started);
+    const auto finish_item = [&] {
+      ptx::pin_registers(o);
+      release(Layout::kEmptyV, Ring(tiles));
+      keep_for_choice(0);
+      ++tiles;
+      if constexpr (kChoosing) {
+        store_and_choose(item_of(count - 1));
+        __syncwarp();
+        release_queries(count - 1, true);  // a choice may need them
+      } else {
+        store(item_of(count - 1));
+      }
+    };
     ++count;
+    if constexpr (kChoosing) {  // no registers for the next scores meanwhile
+      ptx::wgmma_wait<0>();
+      finish_item();
+    }
     wait_for_queries(count);
     stop = item_of(count).stop;
-    if (!stop) wait_for_keys(Ring(tiles + 1));
+    const Ring next(kChoosing ? tiles : tiles + 1);
+    if (!stop) wait_for_keys(next);
     // Behind the last item, these scores are of stale keys, and nobody reads them.
     ptx::wgmma_fence();
-    multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(Ring(tiles + 1)));
+    multiply_scores<T, kDimQK, kKeys>(s, q_tile(count), k_tile(next));
     pass_turn(!(last && stop));
-    ptx::wgmma_wait<1>();
-    ptx::pin_registers(o);
-    release(Layout::kEmptyV, Ring(tiles));
-    ++tiles;
-    store_rows<T, kDimV>(p, plan.group, item_of(count - 1), o, rows, tokens, row0, lane);
+    if constexpr (!kChoosing) {
+      ptx::wgmma_wait<1>();
+      finish_item();
+    }
     ptx::wgmma_wait<0>();
     ptx::pin_registers(s);
   }
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
-__global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 1)
+template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow, bool kChoosing>
+__global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kChoosing>::kThreads, 1)
     banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
                               const __grid_constant__ BandedPlan plan) {
-  using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kChoosing>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
@@ -504,6 +627,7 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
     }
     ptx::barrier_init_fence();
   }
+  if constexpr (kChoosing) fill_overlap_weights<T>(shared + Layout::kWeights, threadIdx.x, Layout::kThreads);
   if (!kWindow || !plan.early) {
     ptx::wait_for_dependency();
     if (plan.zeroed != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *plan.zeroed = 0;
@@ -525,10 +649,10 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys>::kThreads, 
   }
 }
 
-template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow>
+template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow, bool kChoosing = false>
 bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status, Begin begin,
-                   int* zeroed) {
-  using Layout = BandedLayout<kDimQK, kDimV, kKeys>;
+                   int* zeroed, const SumsPlan& sums = {}) {
+  using Layout = BandedLayout<kDimQK, kDimV, kKeys, kChoosing>;
   const int heads = p.shape.num_heads_kv;
   BandedPlan plan;
   plan.group = p.shape.group();
@@ -551,15 +675,80 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
                   static_cast<int>(min64(p.window, kMax))};
   plan.early = begin == Begin::kEarly;
   plan.zeroed = zeroed;
+  plan.sums = sums;
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
   const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
-  *status =
-      launch_chained("banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow>,
-                     dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
+  *status = launch_chained(
+      "banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow, kChoosing>,
+      dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
   return true;
 }
 
+// Parts of the workspace of a choice, one after the other; all but the second to last are all warps'.
+struct SumsWorkspace {
+  static constexpr int64_t kWarps = 132 * kSumsWarps;  // of a grid at most: the SMs of a GPU
+  int64_t tiles, pitch, rows;
+
+  explicit SumsWorkspace(const SelectBlocksParams& p)
+      : tiles(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys)),
+        pitch(round_up(max64(p.scoring.num_blocks, 1), kBlockSums)),
+        rows(p.scoring.seqs.total_q * p.scoring.shape.num_heads_kv) {}
+  int64_t record_bytes() const { return kWarps * tiles * static_cast<int64_t>(sizeof(SumsRecord)); }
+  int64_t key_bytes() const { return kWarps * pitch * static_cast<int64_t>(sizeof(int)); }
+  int64_t unfinished() const { return record_bytes() + key_bytes(); }
+  int64_t any_unfinished() const { return unfinished() + round_up(rows, 16); }
+  int64_t bytes() const { return any_unfinished() + kWarps * static_cast<int64_t>(sizeof(int)); }
+};
+
+// Queries at shorter positions, in the mean, find it faster to make scores again.
+constexpr int64_t kMinChoosingPosition = 16384;
+
+bool chooses_blocks(const BandedAttentionFwdParams& p, const SelectBlocksParams& select) {
+  const SequenceBatch& seqs = p.seqs;
+  const KeyBlocks keys = select.scoring.keys;
+  return seqs.cu_seqlens_q == nullptr && seqs.max_seqlen_k - seqs.total_q / 2 >= kMinChoosingPosition &&
+         keys.block == 32 && keys.stride == 16 && select.scoring.block_size == 64 &&
+         p.shape.group() == kSumsGroup && p.shape.head_dim_qk == 128 && p.shape.head_dim_v == 128 &&
+         select.num_selected_blocks <= kMaxLaneChoice && select.num_local_blocks >= 1 &&
+         seqs.key_rows >= keys.count(seqs.max_seqlen_k) && p.k.stride_row <= INT32_MAX / 2 &&
+         device_attribute(cudaDevAttrMultiProcessorCount) * kSumsWarps <= SumsWorkspace::kWarps &&
+         SumsWorkspace(select).record_bytes() <= UINT32_MAX;
+}
+
 }  // namespace
+
+bool compressed_selection_forward(const BandedAttentionFwdParams& p, const SelectBlocksParams& select,
+                                  void* workspace, int* zeroed, const Stream& stream, Status* status) {
+  if (!chooses_blocks(p, select)) return false;
+  const SumsWorkspace parts(select);
+  char* const begin = static_cast<char*>(workspace);
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const SumsPlan sums{begin,
+                      reinterpret_cast<int*>(begin + parts.record_bytes()),
+                      reinterpret_cast<uint8_t*>(begin + parts.unfinished()),
+                      reinterpret_cast<int*>(begin + parts.any_unfinished()),
+                      select.block_indices,
+                      static_cast<int>(parts.tiles),
+                      static_cast<int>(parts.pitch),
+                      static_cast<int>(select.scoring.num_blocks),
+                      {select.num_selected_blocks, select.num_initial_blocks, select.num_local_blocks}};
+  const bool launched = dispatch_kernels(p.dtype, 128, 128, [&]<typename T, int kDimQK, int kDimV>() {
+    if constexpr (kDimQK == 128 && kDimV == 128) {
+      return launch_banded<T, kDimQK, kDimV, kSumKeys, false, true>(p, stream, status, Begin::kOnTime, zeroed,
+                                                                    sums);
+    }
+    return false;
+  });
+  if (!launched || !status->ok()) return launched;
+  const int64_t tiles = num_sequence_tiles(p.seqs, kSumsWarps) * p.shape.num_heads_kv;
+  const Unfinished unfinished{sums.unfinished, sums.any_unfinished,
+                              static_cast<int>(min64(tiles, blocks) * kSumsWarps)};
+  return select_blocks(select, stream, status, Begin::kOnTime, unfinished);
+}
+
+int64_t compressed_selection_workspace(const BandedAttentionFwdParams& p, const SelectBlocksParams& select) {
+  return chooses_blocks(p, select) ? SumsWorkspace(select).bytes() : 0;
+}
 
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
                               Begin begin, int* zeroed) {

@@ -153,7 +153,8 @@ int64_t workspace_bytes(const SelectBlocksParams& p) {
   return bytes;
 }
 
-bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status, Begin begin) {
+bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status, Begin begin,
+                   const Unfinished& unfinished) {
   if (p.num_selected_blocks > 64) return false;
   return with_task(p.scoring, true, [&]<typename T, typename Tile, bool kSelect>(ScoresTask task) {
     TensorMaps maps;
@@ -165,6 +166,7 @@ bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* st
     task.num_initial = p.num_initial_blocks;
     task.num_local = p.num_local_blocks;
     task.early = begin == Begin::kEarly;
+    task.unfinished = unfinished;
     *status = launch_scores<T, Tile, kSelect>(task, maps, stream);
     return true;
   });

@@ -85,6 +85,29 @@ __device__ __forceinline__ ScoresItem scores_item(const ScoresTask& task, int in
   return item;
 }
 
+// Whether there is anything to do for an item.
+__device__ __forceinline__ bool is_unfinished(const ScoresTask& task, const ScoresItem& item) {
+  if (task.unfinished.rows == nullptr) return true;
+  const int64_t heads = task.params.shape.num_heads_kv;
+  const uint8_t* row = task.unfinished.rows + (item.tile.seq.q_begin + item.tile.begin) * heads + item.head;
+  int any = 0;
+#pragma unroll 1
+  for (int i = 0; i < item.tile.count; ++i) any |= row[i * heads];
+  return any != 0;
+}
+
+// All threads: whether there is anything to do at all. What tells comes from the kernel in front.
+__device__ __forceinline__ bool any_unfinished(const ScoresTask& task) {
+  if (task.unfinished.rows == nullptr) return true;
+  ptx::wait_for_dependency();
+  ptx::launch_dependents();
+  int any = 0;
+#pragma unroll 1
+  for (int i = ptx::keep(threadIdx.x); i < task.unfinished.num_any; i += blockDim.x)
+    any |= task.unfinished.any[i];
+  return __syncthreads_or(any);
+}
+
 // Where the scores of a pipeline's items begin in the workspace of a choice, in pipelines.
 __device__ __forceinline__ int pipeline_number(int pipeline) {
   return static_cast<int>(gridDim.x) * pipeline + static_cast<int>(blockIdx.x);
@@ -101,7 +124,9 @@ __device__ __forceinline__ void for_each_item(const ScoresTask& task, int pipeli
   for (int i = 0; i < rounds; ++i) {
     const int round = pipeline == 0 ? i : rounds - 1 - i;
     const int index = round * workers + (round % 2 ? workers - 1 - worker : worker);
-    if (index < total) visit(scores_item(task, index));
+    if (index >= total) continue;
+    const ScoresItem item = scores_item(task, index);
+    if (is_unfinished(task, item)) visit(item);
   }
 }
 

@@ -1,7 +1,7 @@
 // What the launchers of block scores and the selection share: tile sizes, and the work of one launch.
 #pragma once
 
-#include "nsa/launch.h"
+#include "cuda/sm90/launch.h"
 
 namespace nsa::cuda::sm90 {
 
@@ -41,7 +41,8 @@ struct ScoresTask {
   int32_t* block_indices;  // [T, Hkv, n], or null: only scores are wanted
   // A choice takes the last (local) blocks of a query unseen, and all blocks of a query that has few.
   int num_selected, num_initial, num_local;
-  bool early;  // Begin::kEarly: only lse comes from the kernel in front
+  bool early;             // Begin::kEarly: only lse comes from the kernel in front
+  Unfinished unfinished;  // items without such rows are skipped
 };
 
 }  // namespace nsa::cuda::sm90

@@ -302,14 +302,12 @@ __device__ __forceinline__ void write_above_zero(const ScoreRows<kRows>& rows, i
 
 constexpr int kNoRow = 0x7fffffff;  // no bound is as large, but the key of a NaN
 
-// The same of rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1; lower bounds
-// of their k-th largest keys are known. kNoRow: nothing of that row is written. kAboveZero: the bounds are
-// above zero, and a row may have fewer than k keys that reach them, all others zero.
-template <int kRows, bool kAboveZero>
-__device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows, int padded_end,
-                                                    const int (&bound)[kRows], int k, int32_t* out,
-                                                    int64_t out_pitch, Candidates& kept, int lane) {
-  constexpr int kAhead = 2;  // chunks on their way
+// compact for rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1.
+template <int kRows>
+__device__ __forceinline__ void compact_keys(const ScoreRows<kRows>& rows, int padded_end,
+                                             const int (&bound)[kRows], Candidates& kept, int (&held)[kRows],
+                                             int lane) {
+  constexpr int kAhead = kRows == 1 ? 4 : 2;  // chunks on their way
   int4 chunks[kAhead][kRows];
   const auto load = [&](int slot, int chunk) {
     const int i = chunk + 4 * lane;
@@ -322,7 +320,8 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
 #pragma unroll
   for (int slot = 0; slot < kAhead; ++slot) load(slot, slot * kChunk);
   const unsigned lower_lanes = (1u << lane) - 1;
-  int held[kRows] = {};
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) held[r] = 0;
   const auto keep_candidates = [&](int r, int4 four, int chunk) {
     const int key[4] = {four.x, four.y, four.z, four.w};
     int* const keys = kept.key + r * kMaxRanked;
@@ -356,17 +355,39 @@ __device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows
       at += reaches[e];
     }
   };
+  if constexpr (kRows == 1) {
+    // Short code, which is run cold.
 #pragma unroll 1
-  for (int begin = 0; begin < padded_end; begin += kAhead * kChunk) {
+    for (int chunk = 0; chunk < padded_end; chunk += kChunk) {
+      keep_candidates(0, chunks[0][0], chunk);
 #pragma unroll
-    for (int slot = 0; slot < kAhead; ++slot) {
-      const int chunk = begin + slot * kChunk;
+      for (int slot = 0; slot + 1 < kAhead; ++slot) chunks[slot][0] = chunks[slot + 1][0];
+      load(kAhead - 1, chunk + kAhead * kChunk);
+    }
+  } else {
+#pragma unroll 1
+    for (int begin = 0; begin < padded_end; begin += kAhead * kChunk) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) keep_candidates(r, chunks[slot][r], chunk);
-      load(slot, chunk + kAhead * kChunk);
+      for (int slot = 0; slot < kAhead; ++slot) {
+        const int chunk = begin + slot * kChunk;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) keep_candidates(r, chunks[slot][r], chunk);
+        load(slot, chunk + kAhead * kChunk);
+      }
     }
   }
   __syncwarp();
+}
+
+// The k best of rows that hold keys (compact_keys), of whose k-th largest lower bounds are known. kNoRow:
+// nothing of that row is written. kAboveZero: the bounds are above zero, and a row may have fewer than k keys
+// that reach them, all others zero.
+template <int kRows, bool kAboveZero>
+__device__ __forceinline__ void choose_best_of_keys(const ScoreRows<kRows>& rows, int padded_end,
+                                                    const int (&bound)[kRows], int k, int32_t* out,
+                                                    int64_t out_pitch, Candidates& kept, int lane) {
+  int held[kRows];
+  compact_keys(rows, padded_end, bound, kept, held, lane);
   if constexpr (kAboveZero) {
     write_above_zero(rows, k, out, out_pitch, held, kept, lane);
   } else {

@@ -23,9 +23,21 @@ bool compress_forward(const CompressFwdParams& p, const Stream& stream, Status* 
 // zeroed, or null: what it sets to 0 meanwhile; not for a window.
 bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
                               Begin begin = Begin::kOnTime, int* zeroed = nullptr);
+// Compressed attention that chooses blocks too, of long sequences, where that is faster than to make scores
+// again, and behind it the choice of what it leaves, mostly of nothing. workspace:
+// compressed_selection_workspace bytes, which is 0 where it returns false.
+bool compressed_selection_forward(const BandedAttentionFwdParams& p, const SelectBlocksParams& select,
+                                  void* workspace, int* zeroed, const Stream& stream, Status* status);
+int64_t compressed_selection_workspace(const BandedAttentionFwdParams& p, const SelectBlocksParams& select);
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
+// What is left of a choice: all where rows is null.
+struct Unfinished {
+  const uint8_t* rows = nullptr;  // [T, Hkv]: whether it is left
+  const int* any = nullptr;       // [num_any]: all zero where none is
+  int num_any = 0;
+};
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status,
-                   Begin begin = Begin::kOnTime);
+                   Begin begin = Begin::kOnTime, const Unfinished& unfinished = {});
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false
 bool selected_attention_forward(const SelectedAttentionFwdParams& p, const Stream& stream, Status* status);
 // Selected attention, and the gate, whose selected branch is p.o: that is not stored where it is gate.o too.

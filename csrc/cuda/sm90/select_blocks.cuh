@@ -200,6 +200,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     select_blocks_sm90(const __grid_constant__ ScoresTask task, const __grid_constant__ CUtensorMap q_map,
                        const __grid_constant__ CUtensorMap k_map) {
   extern __shared__ unsigned char dynamic[];
+  if (!any_unfinished(task)) return;
   typename Tile::Shared& shared = aligned_shared<Tile>(dynamic);
   run_pipelines<Tile>(task, &q_map, &k_map, shared,
                       [&](int warpgroup) { select<T, Tile>(task, shared, warpgroup, threadIdx.x % 128); });

@@ -252,6 +252,141 @@ const Lengths kRagged = {{33, 0, 5, 161, 1}, {33, 0, 5, 161, 300}};
 const Lengths kLong = {{40, 0, 7}, {2500, 80, 1300}, 6, 35};
 const Lengths kRoomy = {{40, 0, 7}, {2500, 80, 1300}, 6, 35, true, 16000};  // one pipeline a block
 
+// Compressed attention that chooses: o and lse against the portable kernel, the choice by the naive scores.
+// Of two blocks whose scores differ by less than fp32 tells, either may win.
+template <typename T>
+void check_choosing_attention(int32_t queries, int32_t keys, int heads_kv, const Choice& choice,
+                              int pad_k = 0, bool equal_keys = false) {
+  CAPTURE(queries, keys, heads_kv, choice.n, choice.num_initial, choice.num_local);
+  Problem<T> problem({{queries}, {keys}, 0, pad_k, false}, {16, heads_kv, 128, 32, 16, 64, equal_keys});
+  const int64_t seen = KeyBlocks{32, 16}.count(keys) * heads_kv * 128;
+  std::mt19937 generator(7);
+  std::normal_distribution<float> normal;
+  std::vector<T> v(problem.k.size(), static_cast<T>(NAN));
+  for (int64_t i = 0; i < seen; ++i) v[i] = static_cast<T>(normal(generator));
+  const DeviceArray<T> v_device(v);
+  const size_t rows = static_cast<size_t>(queries) * problem.heads_q;
+  DeviceArray<T> o(rows * 128), expected_o(rows * 128);
+  DeviceArray<float> lse(rows), expected_lse(rows);
+  DeviceArray<int32_t> indices(static_cast<size_t>(queries) * heads_kv * choice.n), zeroed(1);
+  cudaMemset(zeroed.data, 0xff, sizeof(int32_t));
+
+  const BlockScoresParams& scoring = problem.params;
+  BandedAttentionFwdParams p{};
+  p.dtype = scoring.dtype;
+  p.seqs = scoring.seqs;
+  p.shape = scoring.shape;
+  p.keys = scoring.keys;
+  p.softmax_scale = scoring.softmax_scale;
+  p.q = scoring.q;
+  p.k = p.v = scoring.k_cmp;
+  p.v.data = v_device.data;
+  p.o = expected_o.data;
+  p.lse = expected_lse.data;
+  REQUIRE(portable::banded_attention_forward(p, {}).ok());
+  p.o = o.data;
+  p.lse = lse.data;
+  SelectBlocksParams select{scoring, choice.n, choice.num_initial, choice.num_local, indices.data, nullptr};
+  const DeviceArray<unsigned char> scores(static_cast<size_t>(sm90::workspace_bytes(select)));
+  select.workspace = scores.data;
+  const DeviceArray<unsigned char> workspace(
+      static_cast<size_t>(sm90::compressed_selection_workspace(p, select)));
+  REQUIRE(workspace.size > 0);
+  const auto run = [&] {
+    cudaMemset(workspace.data, 0xff, workspace.size);
+    cudaMemset(indices.data, 0x55, indices.size * sizeof(int32_t));
+    Status status;
+    REQUIRE(sm90::compressed_selection_forward(p, select, workspace.data, zeroed.data, {}, &status));
+    REQUIRE(status.ok());
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    return indices.host();
+  };
+  const std::vector<int32_t> chosen = run();
+  const std::vector<float> first_lse = lse.host();
+  CHECK(zeroed.host()[0] == 0);
+  CHECK(chosen == run());
+  CHECK(first_lse == lse.host());
+  const std::vector<float> expected = expected_lse.host();
+  CHECK(worst_difference(first_lse, {expected.begin(), expected.end()}) < 1e-5);
+  double worst = 0;
+  const std::vector<T> actual_o = o.host(), portable_o = expected_o.host();
+  for (size_t i = 0; i < actual_o.size(); ++i) {
+    const double difference = std::abs(static_cast<double>(static_cast<float>(actual_o[i])) -
+                                       static_cast<double>(static_cast<float>(portable_o[i])));
+    worst = difference <= worst ? worst : std::isnan(difference) ? INFINITY : difference;
+  }
+  CHECK(worst < 0x1p-5);
+
+  constexpr double kTolerance = 1e-5;
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t own = (keys - queries + i) / 64;
+    for (int64_t row = i * heads_kv; row < (i + 1) * heads_kv; ++row) {
+      const double* scores = &problem.scores[row * problem.num_blocks];
+      const int32_t* blocks = &chosen[row * choice.n];
+      std::vector<bool> taken(own + 1, false);
+      bool right = true;
+      for (int c = 0; c < choice.n; ++c) {
+        right &= blocks[c] >= 0 && blocks[c] <= own && (c == 0 || blocks[c] > blocks[c - 1]);
+        if (right) taken[blocks[c]] = true;
+      }
+      double worst_taken = INFINITY, best_left = 0;
+      for (int64_t j = 0; j <= own; ++j) {
+        if (j < choice.num_initial || j > own - choice.num_local) {
+          right &= taken[j];
+        } else if (taken[j]) {
+          worst_taken = std::min(worst_taken, scores[j]);
+        } else {
+          best_left = std::max(best_left, scores[j]);
+        }
+      }
+      wrong += !right || worst_taken < best_left * (1 - kTolerance);
+    }
+  }
+  CHECK(wrong == 0);
+  // Equal scores go to the lower block there as here.
+  if (equal_keys) CHECK(chosen == problem.run_selection(choice));
+}
+
+TEST_CASE("Hopper compressed attention that chooses blocks", "[sm90][scores][choosing]") {
+  if (!nsa_test::is_hopper()) return;
+  check_choosing_attention<__nv_bfloat16>(60, 17001, 2, {16, 1, 2});
+  check_choosing_attention<__half>(60, 17001, 1, {16, 1, 2}, 100);
+  check_choosing_attention<__nv_bfloat16>(1, 16385, 4, {16, 1, 2}, 7);
+  check_choosing_attention<__nv_bfloat16>(29, 24582, 1, {4, 0, 1});
+  check_choosing_attention<__nv_bfloat16>(40, 18016, 1, {24, 2, 3}, 1000);
+  check_choosing_attention<__half>(500, 17000, 1, {17, 0, 1});
+  check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {16, 1, 2}, 0, true);  // ties
+}
+
+TEST_CASE("Hopper compressed attention leaves the choice where it would lose", "[sm90][scores][choosing]") {
+  if (!nsa_test::is_hopper()) return;
+  const auto bytes = [](int64_t queries, int64_t keys, int group, int n, int num_local, bool packed) {
+    static int32_t offsets[2] = {0, 0};
+    BandedAttentionFwdParams p{};
+    p.seqs.total_q = queries;
+    p.seqs.max_seqlen_k = keys;
+    p.seqs.key_rows = keys / 16;
+    if (packed) p.seqs.cu_seqlens_q = p.seqs.cu_seqlens_k = offsets;
+    p.shape = {4 * group, 4, 128, 128};
+    p.keys = {32, 16};
+    SelectBlocksParams select{};
+    select.scoring.seqs = p.seqs;
+    select.scoring.keys = p.keys;
+    select.scoring.block_size = 64;
+    select.scoring.num_blocks = ceil_div(keys, 64);
+    select.num_selected_blocks = n;
+    select.num_local_blocks = num_local;
+    return sm90::compressed_selection_workspace(p, select);
+  };
+  CHECK(bytes(32768, 32768, 16, 16, 2, false) > 0);
+  CHECK(bytes(32000, 32000, 16, 16, 2, false) == 0);
+  CHECK(bytes(32768, 32768, 8, 16, 2, false) == 0);
+  CHECK(bytes(32768, 32768, 16, 32, 2, false) == 0);
+  CHECK(bytes(32768, 32768, 16, 16, 0, false) == 0);
+  CHECK(bytes(32768, 32768, 16, 16, 2, true) == 0);
+}
+
 TEST_CASE("Hopper scores and selection: one sequence", "[sm90][scores]") {
   if (!nsa_test::is_hopper()) return;
   check<__nv_bfloat16>({{700}, {700}, 0, 0, false}, {16, 1, 128, 32, 16, 64}, kChoices);

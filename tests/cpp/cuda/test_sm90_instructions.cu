@@ -115,6 +115,38 @@ __global__ void multiply_tiles(const __grid_constant__ CUtensorMap a_map,
     out[(row + 8 * (i / 2 % 2)) * kDim + 8 * (i / 4) + 2 * (lane & 3) + i % 2] = o[i];
 }
 
+// out = a . v by one warpgroup: a [64 x 64] as fragments, v [64 x 144] in panels that lie `rows` rows apart,
+// the last of 16 columns.
+template <typename T>
+__global__ void multiply_far_panels(const T* a, const T* v, int rows, float* out) {
+  constexpr int kColumns = 144;
+  extern __shared__ unsigned char shared[];
+  const uint32_t base = aligned_shared(shared);
+  unsigned char* const tile = shared + (base - ptx::shared_address(shared));
+  for (int i = threadIdx.x; i < 64 * kColumns; i += blockDim.x) {
+    const int key = i / kColumns, column = i % kColumns;
+    *reinterpret_cast<T*>(tile + swizzled_offset(rows, key, column / 8) + column % 8 * 2) = v[i];
+  }
+  ptx::async_proxy_fence();
+  __syncthreads();
+  const int lane = threadIdx.x & 31, row = threadIdx.x / 32 * 16 + lane / 4;
+  uint32_t fragments[4][4];
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < 4; ++i)
+      fragments[k][i] = *reinterpret_cast<const uint32_t*>(a + (row + 8 * (i % 2)) * 64 + k * 16 +
+                                                           8 * (i / 2) + 2 * (lane & 3));
+  }
+  float o[kColumns / 2];
+  ptx::wgmma_fence();
+  for (int k = 0; k < 4; ++k)
+    ptx::wgmma_registers<T, kColumns>(o, fragments[k], mn_major_descriptor(base, rows, 16 * k), k > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(o);
+  for (int i = 0; i < kColumns / 2; ++i)
+    out[(row + 8 * (i / 2 % 2)) * kColumns + 8 * (i / 4) + 2 * (lane & 3) + i % 2] = o[i];
+}
+
 template <typename Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -152,6 +184,31 @@ void check_products() {
   }
   CHECK(worst_score == 0);
   CHECK(worst_out < 1e-3);
+}
+
+template <typename T>
+void check_far_panels(int rows) {
+  CAPTURE(rows);
+  constexpr int kColumns = 144;
+  const auto a_host = small_integers<T>(64 * 64, 5), v_host = small_integers<T>(64 * kColumns, 6);
+  const nsa_test::DeviceArray<T> a(a_host), v(v_host);
+  nsa_test::DeviceArray<float> out(64 * kColumns);
+  const int bytes = kAlignment + 3 * rows * kPanelPitch;
+  allow_shared(multiply_far_panels<T>, bytes);
+  multiply_far_panels<T><<<1, 128, bytes>>>(a.data, v.data, rows, out.data);
+  REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+  const auto o = out.host();
+  int wrong = 0;
+  for (int i = 0; i < 64; ++i) {
+    for (int column = 0; column < kColumns; ++column) {
+      double expected = 0;
+      for (int k = 0; k < 64; ++k)
+        expected += static_cast<double>(static_cast<float>(a_host[i * 64 + k])) *
+                    static_cast<float>(v_host[k * kColumns + column]);
+      wrong += o[i * kColumns + column] != expected;
+    }
+  }
+  CHECK(wrong == 0);
 }
 
 TEST_CASE("TMA lays a tile out as swizzled_offset says", "[sm90]") {
@@ -208,6 +265,14 @@ TEST_CASE("wgmma multiplies swizzled tiles", "[sm90]") {
   check_products<__half, 80, 64>();
   check_products<__half, 128, 64>();
   check_products<__half, 176, 128>();
+}
+
+TEST_CASE("wgmma multiplies panels that lie apart", "[sm90]") {
+  if (!nsa_test::is_hopper()) return;
+  for (const int rows : {64, 192, 256}) {
+    check_far_panels<__nv_bfloat16>(rows);
+    check_far_panels<__half>(rows);
+  }
 }
 
 }  // namespace

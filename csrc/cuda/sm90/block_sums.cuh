@@ -1,0 +1,456 @@
+// The choice of blocks inside compressed attention, where compressed blocks are two strides, selection blocks
+// four, and a group has 16 heads: a warp of it owns one token with all heads.
+//
+// A key tile's probabilities times a matrix of overlap weights, which stands beside V as 16 more columns, are
+// their sums over selection blocks. Their weights, 2^(maximum - lse), are known only when the last tile is
+// done; until then a warp keeps the sums of its token in a part of the workspace of its own: a record per key
+// tile. Then it makes scores of them.
+//
+// These scores are of probabilities in 16 bits, so they only tell which blocks are certainly among the best,
+// which certainly are not, and which may be. The few that may be get their scores in fp32, from Q in shared
+// memory and keys in the L2 cache. Where they are not few (equal scores), the token is left to
+// select_blocks_sm90.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/ptx/async_copy.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/sm90/choose_blocks.cuh"
+#include "cuda/tile/swizzled_tile.cuh"
+#include "cuda/tile/warpgroup_softmax.cuh"
+
+namespace nsa::cuda::sm90 {
+
+constexpr int kSumKeys = 64;       // of a key tile
+constexpr int kBlockSums = 16;     // selection blocks of a key tile
+constexpr int kSumsGroup = 16;     // heads of a group
+constexpr int kSumsBlockLog2 = 6;  // of the tokens of a selection block
+constexpr int kSumsDim = 128;      // of queries and keys
+constexpr int kSumsWarps = 12;     // of a thread block, each with a token
+constexpr int kSumsRows = 64;      // of Q of a warpgroup
+// Overlap weights are 2^kSumsShift times as large, so that sums of probabilities up to 2^8 use the range of
+// fp16 to its end.
+constexpr int kSumsShift = 4;
+
+// Compressed blocks of two strides of 16 that a token sees.
+__device__ __forceinline__ int sum_keys_seen(int position) {
+  return position < 31 ? 0 : (position - 31 >> 4) + 1;
+}
+
+// Of a key tile, in fp16 and 2^kSumsShift times as large: the sums, as the product leaves them in lanes, and
+// of the last key, which reaches into the next block, the probabilities of heads h and h + 8 together.
+struct SumsRecord {
+  uint4 sums[32];
+  uint2 last[4];
+};
+
+// What the sums of a token are relative to, in shared memory. Maxima grow seldom, and records are written
+// from the newest key tile to the oldest: epoch e begins with the record of key tile first[e] and has the
+// maxima max[e]. More than kMaxEpochs: its blocks are left to another kernel.
+constexpr int kMaxEpochs = 15;
+struct SumsEpochs {
+  int count;
+  int first[kMaxEpochs];
+  float max[kMaxEpochs][kSumsGroup];
+  float lse[kSumsGroup];  // base 2, in the end
+};
+
+// By one warp: the record of this key tile, and all behind it, are relative to rows.max.
+__device__ __forceinline__ void begin_epoch(SumsEpochs& epochs, int key_tile, const RowPair& rows, bool first,
+                                            int lane) {
+  __syncwarp();
+  const int count = first ? 0 : epochs.count;
+  __syncwarp();
+  if (count < kMaxEpochs) {
+    if (lane == 0) epochs.first[count] = key_tile;
+    if ((lane & 3) == 0) epochs.max[count][lane / 4] = rows.max[0];
+    if ((lane & 3) == 1) epochs.max[count][lane / 4 + 8] = rows.max[1];
+  }
+  if (lane == 0) epochs.count = min(count, kMaxEpochs) + 1;
+}
+
+// Where the sums and scores of a launch lie.
+struct SumsPlan {
+  char* records;        // SumsRecord [warp of the grid][max_tiles], below 4 GB
+  int* keys;            // [warp of the grid][pitch]: scores of a token, as score_key
+  uint8_t* unfinished;  // [T, Hkv]: whether the choice is left to another kernel
+  int* any_unfinished;  // [warp of the grid]: whether any of its tokens is
+  int32_t* block_indices;
+  int max_tiles, pitch, num_blocks;
+  ChoiceCounts counts;
+};
+
+// How far scores from sums may be from the true ones: by a part of these, and by what is lost where numbers
+// are too small for their type. Probabilities are rounded once to the type of the values, and what is kept
+// once to fp16; all else is fp32.
+template <typename T>
+struct SumsError {
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr float kRelative = (kHalf ? 0x1p-12f : 0x1p-9f) + 0x1p-12f + 0x1p-16f;
+  static constexpr float kSmallest = 0x1p-25f;  // half of the smallest number of fp16
+  static constexpr float kOfWeight = 0x1p-4f;   // sums up to 2^11, of weights that are 2^15 times as large
+  static constexpr float kAbsolute =
+      kSumsGroup * kSmallest * ((kHalf ? 8.f : 0.f) + 2.f / (1 << kSumsShift) + kOfWeight);
+};
+
+// Of two blocks, that with the larger true score has no score below this, where the other one has this.
+template <typename T>
+__device__ __forceinline__ float may_beat(float score) {
+  return fmaf(score, 1.f - 2.01f * SumsError<T>::kRelative, -2.01f * SumsError<T>::kAbsolute);
+}
+// And it certainly has the larger true score where its score is above this.
+template <typename T>
+__device__ __forceinline__ float surely_beats(float score) {
+  return fmaf(score, 1.f + 2.02f * SumsError<T>::kRelative, 2.02f * SumsError<T>::kAbsolute);
+}
+
+// All threads: weight [key][block], a panel as wgmma reads it, of which no more columns are used.
+template <typename T>
+__device__ __forceinline__ void fill_overlap_weights(unsigned char* weights, int thread, int threads) {
+  constexpr float kOne = 1 << kSumsShift;
+#pragma unroll 1
+  for (int i = thread; i < kBlockSums * kSumKeys; i += threads) {
+    const int block = i % kBlockSums, key = i / kBlockSums, at = key - 4 * block;
+    const float weight = at < -1 || at > 3 ? 0.f : at == -1 || at == 3 ? kOne : 2 * kOne;
+    *reinterpret_cast<T*>(weights + swizzled_offset(kSumKeys, key, block / 8) + block % 8 * 2) =
+        static_cast<T>(weight);
+  }
+  ptx::async_proxy_fence();
+}
+
+// One warp: keeps the sums of a key tile. last: the fragment of the probabilities of its last keys.
+template <typename T>
+__device__ __forceinline__ void keep_sums(SumsRecord* record, const float* sums, const uint32_t (&last)[4],
+                                          int lane) {
+  __stcg(&record->sums[lane],
+         make_uint4(ptx::pack2<__half>(sums[0], sums[1]), ptx::pack2<__half>(sums[2], sums[3]),
+                    ptx::pack2<__half>(sums[4], sums[5]), ptx::pack2<__half>(sums[6], sums[7])));
+  if ((lane & 3) == 3) {
+    const float2 end = ptx::unpack2<T>(__byte_perm(last[2], last[3], 0x7632));
+    __stcg(reinterpret_cast<uint32_t*>(record->last) + lane / 4,
+           ptx::pack2<__half>(end.x * (1 << kSumsShift), end.y * (1 << kSumsShift)));
+  }
+}
+
+// One warp: lse of its token's heads; inf for a head of no keys.
+__device__ __forceinline__ void keep_lse(SumsEpochs& epochs, const RowPair& rows, int lane) {
+  const float sum0 = quad_sum(rows.sum[0]), sum1 = quad_sum(rows.sum[1]);
+  const float lse0 = sum0 == 0.f ? __int_as_float(0x7f800000) : rows.max[0] + log2f(sum0),
+              lse1 = sum1 == 0.f ? __int_as_float(0x7f800000) : rows.max[1] + log2f(sum1);
+  if ((lane & 3) == 0) epochs.lse[lane / 4] = lse0;
+  if ((lane & 3) == 1) epochs.lse[lane / 4 + 8] = lse1;
+  __syncwarp();
+}
+
+// The weights of the heads in an epoch, 2^(maximum - lse), as the B fragment of a product m16n8k16 over the
+// 16 heads: 2^kWeightShift times as large, what fp16 holds of them in even columns, and the rest in odd ones.
+constexpr int kWeightShift = 15;
+struct HeadWeights {
+  uint32_t b[2];
+
+  __device__ __forceinline__ HeadWeights(const SumsEpochs& epochs, int epoch, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float part[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int head = (lane & 3) * 2 + e + 8 * i;
+        const float weight = ptx::exp2_approx(epochs.max[epoch][head] - epochs.lse[head] + kWeightShift);
+        part[e] = lane & 4 ? weight - __half2float(__float2half_rn(weight)) : weight;
+      }
+      b[i] = ptx::pack2<__half>(part[0], part[1]);
+    }
+  }
+};
+
+// Records on their way to the registers of a warp, from the oldest key tile to the newest, in groups.
+struct SumsReader {
+  static constexpr int kTiles = 4, kGroups = 3;  // key tiles of a group, groups at a time
+  static constexpr int kEarly = 2;               // groups that the constructor loads
+  const SumsRecord* records;
+  int tiles, lane;
+  uint4 sums[kGroups][kTiles];
+  uint2 last[kGroups];  // in lanes of row i: of the tile in front of that number i
+
+  // Records that hold sums of blocks below `end`.
+  __device__ __forceinline__ SumsReader(const SumsRecord* records, int end, int lane)
+      : records(records), tiles(max(end + kBlockSums - 1, kBlockSums) / kBlockSums), lane(lane) {
+#pragma unroll
+    for (int slot = 0; slot < kEarly; ++slot) load(slot, slot * kTiles);
+  }
+  // Short code, which is run cold, instead of slots in turn.
+  __device__ __forceinline__ void next(int front) {
+#pragma unroll
+    for (int slot = 0; slot + 1 < kGroups; ++slot) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) sums[slot][i] = sums[slot + 1][i];
+      last[slot] = last[slot + 1];
+    }
+    load(kGroups - 1, front);
+  }
+  __device__ __forceinline__ void load_rest() {
+#pragma unroll
+    for (int slot = kEarly; slot < kGroups; ++slot) load(slot, slot * kTiles);
+  }
+  // Always loads, if twice: else the compiler would keep registers for what was there before.
+  __device__ __forceinline__ void load(int slot, int front) {
+    const int row = lane / 4;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) sums[slot][i] = __ldcg(&records[min(front + i, tiles - 1)].sums[lane]);
+    last[slot] = __ldcg(&records[max(min(front + min(row, kTiles), tiles) - 1, 0)].last[lane & 3]);
+  }
+};
+
+// One warp: scores of selection blocks below `end` from the records of its token, as keys (-1: below
+// `begin`). Returns this lane's maximum, over one of 32 disjoint parts.
+//
+// Blocks are the rows of a product, heads what is summed over. Four key tiles share an accumulator: the
+// weights of each stand in columns of its own, and so its scores in lanes of their own.
+__device__ __forceinline__ int score_blocks(SumsReader& reader, const SumsEpochs& epochs, int* keys,
+                                            int begin, int end) {
+  constexpr int kTiles = SumsReader::kTiles, kGroups = SumsReader::kGroups;
+  const int tiles = reader.tiles, lane = reader.lane, row = lane / 4, column = lane & 3;
+  int high = -1, epoch = epochs.count - 1, oldest = 0, newest = epochs.first[epoch];
+  HeadWeights weights(epochs, epoch, lane);
+#pragma unroll 1
+  for (int front = 0; front < tiles; front += kTiles) {
+    uint32_t of_tile[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint4& x = reader.sums[0][i];
+      of_tile[i][0] = ptx::transpose_matrix(x.x);
+      of_tile[i][1] = ptx::transpose_matrix(x.z);
+      of_tile[i][2] = ptx::transpose_matrix(x.y);
+      of_tile[i][3] = ptx::transpose_matrix(x.w);
+    }
+    const uint32_t both[2] = {__byte_perm(reader.last[0].x, reader.last[0].y, 0x5410),
+                              __byte_perm(reader.last[0].x, reader.last[0].y, 0x7632)};
+    reader.next(front + kGroups * kTiles);
+    float acc[2][4] = {}, reaching[4] = {};
+#pragma unroll 1
+    while (true) {
+      const auto in_epoch = [&](int tile) { return tile >= oldest && tile <= newest; };
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const bool mine = lane / 8 == i && in_epoch(front + i);
+        ptx::mma<__half>(acc[i % 2], of_tile[i], mine ? weights.b[0] : 0, mine ? weights.b[1] : 0);
+      }
+      // Rows are tiles here.
+      const bool counts = row < kTiles && in_epoch(front + row - 1), mine = lane < 8;
+      const uint32_t ends[4] = {counts ? both[0] : 0, 0, counts ? both[1] : 0, 0};
+      ptx::mma<__half>(reaching, ends, mine ? weights.b[0] : 0, mine ? weights.b[1] : 0);
+      if (newest >= front + kTiles - 1 || epoch == 0) break;
+      oldest = newest + 1;
+      newest = epochs.first[--epoch];
+      weights = HeadWeights(epochs, epoch, lane);
+    }
+    const float into = __shfl_sync(~0u, reaching[0] + reaching[1], column * 4);
+    constexpr float kUnit = 1.f / (1 << (kSumsShift + kWeightShift));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int block = (front + column) * kBlockSums + row + 8 * half;
+      float score = (acc[0][2 * half] + acc[1][2 * half]) + (acc[0][2 * half + 1] + acc[1][2 * half + 1]);
+      if (half == 0 && row == 0) score += into;
+      const int key = block >= begin && block < end ? score_key(score * kUnit) : -1;
+      if (front + column < tiles) keys[block] = key;
+      high = max(high, key);
+    }
+  }
+  __syncwarp();
+  return high;
+}
+
+// What exact scores of a token are made from.
+struct TokenScores {
+  uint32_t q;          // its rows in the swizzled tile of its warpgroup
+  const char* keys;    // of the KV head, the first of the sequence
+  uint32_t key_bytes;  // between two keys
+  int visible;         // keys that the token sees
+  float scale;         // of scores, for exponentials of base 2
+};
+
+// One warp: scores in fp32, as keys, of the blocks of the list. Four of them at a time: a product of m16n8k16
+// has the five compressed blocks of one in its columns. Dimensions go in an order in which a lane's fragments
+// lie side by side.
+template <typename T>
+__device__ __forceinline__ void score_exactly(const TokenScores& token, const float* lse, const int* blocks,
+                                              int count, int* keys, int lane) {
+  constexpr int kAtOnce = 4, kSlices = kSumsDim / 32;
+  const int row = lane / 4, column = lane & 3;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    uint4 k[kAtOnce][kSlices];
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) {
+      // Columns of nobody read a key that is there.
+      const int key = 4 * blocks[min(first + b, count - 1)] - 1 + min(row, 4);
+      const char* source = token.keys +
+                           static_cast<uint64_t>(token.key_bytes) * max(min(key, token.visible - 1), 0) +
+                           column * 16;
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) k[b][s] = *reinterpret_cast<const uint4*>(source + s * 64);
+    }
+    float acc[kAtOnce][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      uint32_t a[2][4];
+      const uint32_t q = token.q + swizzled_offset(kSumsRows, row, s * 4 + column);
+      ptx::load_shared_16(a[0][0], a[0][2], a[1][0], a[1][2], q);
+      ptx::load_shared_16(a[0][1], a[0][3], a[1][1], a[1][3], q + 8 * kPanelPitch);
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b) {
+        ptx::mma<T>(acc[b], a[0], k[b][s].x, k[b][s].y);
+        ptx::mma<T>(acc[b], a[1], k[b][s].z, k[b][s].w);
+      }
+    }
+    float sum[kAtOnce];
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) {
+      const int key = 4 * blocks[min(first + b, count - 1)] - 1 + 2 * column;
+      const auto weighted = [&](int i, float weight) {
+        const bool counts = weight != 0.f && key + (i & 1) >= 0 && key + (i & 1) < token.visible;
+        return counts ? weight * ptx::exp2_approx(fmaf(acc[b][i], token.scale, -lse[row + i / 2 * 8])) : 0.f;
+      };
+      const float weight0 = column == 0 || column == 2 ? 1.f
+                            : column == 1              ? 2.f
+                                                       : 0.f,
+                  weight1 = column < 2 ? 2.f : 0.f;
+      sum[b] = (weighted(0, weight0) + weighted(2, weight0)) + (weighted(1, weight1) + weighted(3, weight1));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b) sum[b] += __shfl_xor_sync(~0u, sum[b], step);
+    }
+    if (lane == 0) {
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b) {
+        if (first + b < count) keys[first + b] = score_key(sum[b]);
+      }
+    }
+  }
+  __syncwarp();
+}
+
+constexpr int kMaxUnsure = 16;  // blocks of a token that get exact scores
+
+// Of 64 keys, two a lane, in the order of their blocks: how many are ahead of each.
+__device__ __forceinline__ void rank_keys(const int (&key)[2], int (&rank)[2], int lane) {
+  rank[0] = rank[1] = 0;
+#pragma unroll 1
+  for (int i = 0; i < 32; ++i) {
+    const int first = __shfl_sync(~0u, key[0], i), second = __shfl_sync(~0u, key[1], i);
+    rank[0] += (first > key[0] - (i < lane)) + (second > key[0]);
+    rank[1] += (first >= key[1]) + (second > key[1] - (i < lane));
+  }
+}
+
+// One warp: writes the k best of the scores [rows.begin, rows.end) in order, given this lane's maximum; false
+// where that is left to who makes exact scores of all.
+template <typename T, typename FindToken>
+__device__ __forceinline__ bool choose_best_of_sums(const ScoreRows<1>& rows, int padded_end, int high, int k,
+                                                    int32_t* out, Candidates& kept, const float* lse,
+                                                    const FindToken& find_token, int lane) {
+  const auto as_key = [](float score) { return score_key(fmaxf(score, 0.f)); };
+  int bound[1] = {high}, held[1];
+  find_bounds(bound, k, lane);
+  bound[0] = as_key(may_beat<T>(__int_as_float(bound[0])));
+  compact_keys<1>(rows, padded_end, bound, kept, held, lane);
+  if (held[0] > kMaxRanked) return false;
+  int key[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) key[i] = lane + 32 * i < held[0] ? kept.key[lane + 32 * i] : -1;
+  const int index[2] = {lane < held[0] ? kept.index[lane] : -1,
+                        lane + 32 < held[0] ? kept.index[lane + 32] : -1};
+  __syncwarp();
+  constexpr int kInfinity = 0x7f800000;  // or NaN: no bound holds for these
+  if (__any_sync(~0u, key[0] >= kInfinity || key[1] >= kInfinity)) return false;
+  // The k-th best, and the next: -1 where there is none.
+  int last, next;
+  if (held[0] <= 32) {
+    int sorted[1] = {key[0]};
+    sort_lanes(sorted, lane);
+    last = __shfl_sync(~0u, sorted[0], k - 1), next = __shfl_sync(~0u, sorted[0], k);
+  } else {
+    int rank[2];
+    rank_keys(key, rank, lane);
+    const auto of_rank = [&](int wanted) {
+      return __reduce_max_sync(~0u, max(rank[0] == wanted ? key[0] : -1, rank[1] == wanted ? key[1] : -1));
+    };
+    last = of_rank(k - 1), next = of_rank(k);
+  }
+  const float above = next < 0 ? -1.f : surely_beats<T>(__int_as_float(next)),
+              low = may_beat<T>(__int_as_float(last));
+  const unsigned lower_lanes = (1u << lane) - 1;
+  bool chosen[2];
+  int place[2], unsure = 0, left = k;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float score = __int_as_float(key[i]);
+    chosen[i] = key[i] >= 0 && score > above;
+    const bool maybe = key[i] >= 0 && score >= low && !chosen[i];
+    const unsigned mask = __ballot_sync(~0u, maybe);
+    place[i] = maybe ? unsure + __popc(mask & lower_lanes) : -1;
+    unsure += __popc(mask);
+    left -= __popc(__ballot_sync(~0u, chosen[i]));
+  }
+  if (left > 0) {
+    if (unsure > kMaxUnsure) return false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (place[i] >= 0) kept.index[place[i]] = index[i];
+    }
+    __syncwarp();
+    score_exactly<T>(find_token(), lse, kept.index, unsure, kept.key, lane);
+    const int own[2] = {place[0] >= 0 ? kept.key[place[0]] : -1, place[1] >= 0 ? kept.key[place[1]] : -1};
+    int before[2] = {0, 0};
+#pragma unroll 1
+    for (int j = 0; j < unsure; ++j) {
+      const int other = kept.key[j];
+      before[0] += other > own[0] - (j < place[0]);
+      before[1] += other > own[1] - (j < place[1]);
+    }
+    chosen[0] = place[0] >= 0 ? before[0] < left : chosen[0];
+    chosen[1] = place[1] >= 0 ? before[1] < left : chosen[1];
+  }
+  int written = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned mask = __ballot_sync(~0u, chosen[i]);
+    if (chosen[i]) out[written + __popc(mask & lower_lanes)] = index[i];
+    written += __popc(mask);
+  }
+  return true;
+}
+
+// The last selection block of a query.
+__device__ __forceinline__ int own_block(const SumsPlan& plan, int position) {
+  return min(position >> kSumsBlockLog2, plan.num_blocks - 1);
+}
+
+// One warp: the choice of the token at this position, whose records, up to its first local block, are on
+// their way. warp: of the grid. row: of block_indices. find_token() -> TokenScores. False where it is left to
+// another kernel.
+template <typename T, typename FindToken>
+__device__ __forceinline__ bool choose_from_sums(const SumsPlan& plan, SumsReader& reader, SumsEpochs& epochs,
+                                                 Candidates& kept, int warp, int64_t row, int position,
+                                                 const FindToken& find_token) {
+  const int own = own_block(plan, position), n = plan.counts.num_selected, lane = reader.lane;
+  int* const keys = plan.keys + warp * plan.pitch;
+  bool done = true;
+  choose_blocks<1>(
+      reinterpret_cast<const float*>(keys), plan.pitch, own, plan.counts, plan.block_indices + row * n, n,
+      kept, lane, [&](const ScoreRows<1>& scores, int k, int32_t* chosen) {
+        done = epochs.count <= kMaxEpochs;
+        if (!done) return;
+        const int high = score_blocks(reader, epochs, keys, scores.begin, scores.end);
+        const int padded_end = (scores.end + kBlockSums - 1) / kBlockSums * kBlockSums;
+        done =
+            choose_best_of_sums<T>(scores, padded_end, high, k, chosen, kept, epochs.lse, find_token, lane);
+      });
+  __syncwarp();
+  return done;
+}
+
+}  // namespace nsa::cuda::sm90
