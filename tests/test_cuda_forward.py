@@ -106,6 +106,10 @@ def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -
     maxima that change often, or no numbers."""
     if kind == "zero queries":
         q[::3] = 0
+    elif kind == "few zero queries":
+        q[1000:1003] = 0
+    elif kind == "sharp":  # roundings of 16 bits change most choices here
+        q *= 2
     elif kind == "equal blocks":
         k_cmp[512:] = k_cmp[: k_cmp.shape[0] - 512].clone()
     elif kind == "near ties":
@@ -113,7 +117,7 @@ def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -
     elif kind == "smooth":
         k_cmp[:] = 0.1 * k_cmp.float().cumsum(0)
     elif kind == "growing":  # towards the oldest keys, which come last
-        k_cmp *= torch.linspace(8, 0, k_cmp.shape[0], device=k_cmp.device)[:, None, None].to(k_cmp.dtype)
+        k_cmp *= torch.linspace(40, 0, k_cmp.shape[0], device=k_cmp.device)[:, None, None].to(k_cmp.dtype)
     elif kind == "not a number":
         q[::7] = float("nan")
     elif kind == "peaked":
@@ -127,7 +131,9 @@ def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -
         (33_000, 33_000, "random"),
         (100, 20_001, "random"),
         (37, 70_000, "random"),
+        (33_000, 33_000, "sharp"),
         (5_000, 21_000, "zero queries"),
+        (5_000, 21_000, "few zero queries"),
         (5_000, 21_000, "equal blocks"),
         (5_000, 21_000, "near ties"),
         (5_000, 21_000, "smooth"),
@@ -163,7 +169,7 @@ def test_choice_inside_compressed_attention(queries: int, keys: int, kind: str, 
 
     cu, scale = x.cu, x.scale
     o_cmp, lse_cmp = op("compressed_attention")(q, k_cmp, v_cmp, *cu, *case.compress, scale)
-    assert (branches[3] - lse_cmp).nan_to_num().abs().max() < 1e-4
+    torch.testing.assert_close(branches[3], lse_cmp, atol=1e-5, rtol=1e-5)
     roundings = {"atol": 2.0**-6, "rtol": 2.0**-6}
     torch.testing.assert_close(branches[0].float(), o_cmp.float(), **roundings)
     o_slc = op("selected_attention")(q, k_slc, v_slc, indices, *cu, case.block_size, scale)[0]
@@ -174,8 +180,13 @@ def test_choice_inside_compressed_attention(queries: int, keys: int, kind: str, 
     chosen, expected = (
         torch.where(i < 0, 0, scores.gather(2, i.clamp(min=0).long())).sort(2).values for i in (indices, best)
     )
-    # Far below 1, exponentials have the error of their exponents: large logits times the precision of fp32.
-    assert (chosen >= expected * (1 - (1e-4 if kind == "peaked" else 4e-6)) - 1e-30).all()
+    # Exponentials have the error of their exponents: large logits times the precision of fp32.
+    tolerance = 1e-3 if kind in ("growing", "peaked") else 1e-5
+    assert (chosen >= expected * (1 - tolerance) - 1e-30).all()
+    if kind == "few zero queries":  # what is left to another kernel does not change what is far from it
+        q[1000:1003] = 1
+        others = op("attention")(*tensors.values(), *attention_rest(x))[1]
+        assert torch.equal(others[:960], indices[:960]) and torch.equal(others[1040:], indices[1040:])
 
 
 def test_last_kernel_waits_for_the_window() -> None:

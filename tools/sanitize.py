@@ -192,6 +192,7 @@ RACES = (
         launches=150,
     ),
     Races("banded_attention_fwd_sm90", "Hopper banded attention at the ends of its tiles"),
+    Races("banded_attention_fwd_sm90", "Hopper compressed attention that chooses blocks"),
     Races(
         "banded_attention_bwd",
         "banded backward of chunks\\, padding\\, short and empty sequences",

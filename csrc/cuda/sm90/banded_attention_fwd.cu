@@ -6,7 +6,7 @@
 // each, the heads of the group packed as rows: row r is token r / G, head r % G. Key tiles go from the newest
 // to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through the
 // softmax; over the end of an item, the first scores of the next item are multiplied together with the last P
-// V.
+// V. Compressed attention that chooses blocks (block_sums.cuh) has no registers for that: it chooses first.
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -48,8 +48,8 @@ struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
   static constexpr bool kChoosing = kChooses;
   static constexpr int kThreads = (Config::kConsumers + 1) * 128;
   static constexpr int kItemSlots = 8;
-  // The Q of an item is loaded when the item kStagesQ before it is past its last scores, so that the one
-  // before that is past its epilogue.
+  // The Q of an item is loaded when the item kStagesQ before it is past its last scores (or its choice), so
+  // that the one before that is past its epilogue.
   static constexpr int kItemsInUse = Config::kStagesQ + 1;
   static constexpr int kFullK = 0;
   static constexpr int kEmptyK = kFullK + 8 * Config::kStages;
@@ -684,20 +684,23 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
   return true;
 }
 
-// Parts of the workspace of a choice, one after the other; all but the second to last are all warps'.
+// Parts of the workspace of a choice, one after the other: of every warp of the grid, and of all rows the
+// flags.
 struct SumsWorkspace {
-  static constexpr int64_t kWarps = 132 * kSumsWarps;  // of a grid at most: the SMs of a GPU
-  int64_t tiles, pitch, rows;
+  static constexpr int64_t kMaxBlocks = 132;  // of a grid: the SMs of a GPU
+  int64_t warps, tiles, pitch, rows;
 
   explicit SumsWorkspace(const SelectBlocksParams& p)
-      : tiles(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys)),
+      : warps(kSumsWarps * min64(kMaxBlocks, num_sequence_tiles(p.scoring.seqs, kSumsWarps) *
+                                                 p.scoring.shape.num_heads_kv)),
+        tiles(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys)),
         pitch(round_up(max64(p.scoring.num_blocks, 1), kBlockSums)),
         rows(p.scoring.seqs.total_q * p.scoring.shape.num_heads_kv) {}
-  int64_t record_bytes() const { return kWarps * tiles * static_cast<int64_t>(sizeof(SumsRecord)); }
-  int64_t key_bytes() const { return kWarps * pitch * static_cast<int64_t>(sizeof(int)); }
+  int64_t record_bytes() const { return warps * tiles * static_cast<int64_t>(sizeof(SumsRecord)); }
+  int64_t key_bytes() const { return warps * pitch * static_cast<int64_t>(sizeof(int)); }
   int64_t unfinished() const { return record_bytes() + key_bytes(); }
   int64_t any_unfinished() const { return unfinished() + round_up(rows, 16); }
-  int64_t bytes() const { return any_unfinished() + kWarps * static_cast<int64_t>(sizeof(int)); }
+  int64_t bytes() const { return any_unfinished() + warps * static_cast<int64_t>(sizeof(int)); }
 };
 
 // Queries at shorter positions, in the mean, find it faster to make scores again.
@@ -711,7 +714,7 @@ bool chooses_blocks(const BandedAttentionFwdParams& p, const SelectBlocksParams&
          p.shape.group() == kSumsGroup && p.shape.head_dim_qk == 128 && p.shape.head_dim_v == 128 &&
          select.num_selected_blocks <= kMaxLaneChoice && select.num_local_blocks >= 1 &&
          seqs.key_rows >= keys.count(seqs.max_seqlen_k) && p.k.stride_row <= INT32_MAX / 2 &&
-         device_attribute(cudaDevAttrMultiProcessorCount) * kSumsWarps <= SumsWorkspace::kWarps &&
+         device_attribute(cudaDevAttrMultiProcessorCount) <= SumsWorkspace::kMaxBlocks &&
          SumsWorkspace(select).record_bytes() <= UINT32_MAX;
 }
 

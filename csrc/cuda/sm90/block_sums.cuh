@@ -81,13 +81,13 @@ struct SumsPlan {
   ChoiceCounts counts;
 };
 
-// How far scores from sums may be from the true ones: by a part of these, and by what is lost where numbers
-// are too small for their type. Probabilities are rounded once to the type of the values, and what is kept
-// once to fp16; all else is fp32.
+// How far scores from sums may be from those in fp32: by a part of these, and by what is lost where numbers
+// are too small for their type. Probabilities are rounded to nearest once to the type of the values (8 or 11
+// bits), and what is kept once to fp16; the rest is what fp32 makes of exponents up to some 100.
 template <typename T>
 struct SumsError {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
-  static constexpr float kRelative = (kHalf ? 0x1p-12f : 0x1p-9f) + 0x1p-12f + 0x1p-16f;
+  static constexpr float kRelative = (kHalf ? 0x1p-11f : 0x1p-8f) + 0x1p-11f + 0x1p-16f;
   static constexpr float kSmallest = 0x1p-25f;  // half of the smallest number of fp16
   static constexpr float kOfWeight = 0x1p-4f;   // sums up to 2^11, of weights that are 2^15 times as large
   static constexpr float kAbsolute =
@@ -333,7 +333,7 @@ __device__ __forceinline__ void score_exactly(const TokenScores& token, const fl
   __syncwarp();
 }
 
-constexpr int kMaxUnsure = 16;  // blocks of a token that get exact scores
+constexpr int kMaxUnsure = kMaxRanked;  // blocks of a token that get exact scores
 
 // Of 64 keys, two a lane, in the order of their blocks: how many are ahead of each.
 __device__ __forceinline__ void rank_keys(const int (&key)[2], int (&rank)[2], int lane) {

@@ -29,13 +29,13 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
 bool compressed_selection_forward(const BandedAttentionFwdParams& p, const SelectBlocksParams& select,
                                   void* workspace, int* zeroed, const Stream& stream, Status* status);
 int64_t compressed_selection_workspace(const BandedAttentionFwdParams& p, const SelectBlocksParams& select);
-bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
 // What is left of a choice: all where rows is null.
 struct Unfinished {
   const uint8_t* rows = nullptr;  // [T, Hkv]: whether it is left
   const int* any = nullptr;       // [num_any]: all zero where none is
   int num_any = 0;
 };
+bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);
 bool select_blocks(const SelectBlocksParams& p, const Stream& stream, Status* status,
                    Begin begin = Begin::kOnTime, const Unfinished& unfinished = {});
 int64_t workspace_bytes(const SelectBlocksParams& p);  // 0 where select_blocks returns false

@@ -355,6 +355,9 @@ TEST_CASE("Hopper compressed attention that chooses blocks", "[sm90][scores][cho
   check_choosing_attention<__nv_bfloat16>(1, 16385, 4, {16, 1, 2}, 7);
   check_choosing_attention<__nv_bfloat16>(29, 24582, 1, {4, 0, 1});
   check_choosing_attention<__nv_bfloat16>(40, 18016, 1, {24, 2, 3}, 1000);
+  check_choosing_attention<__nv_bfloat16>(40, 18016, 1, {24, 0, 1});
+  check_choosing_attention<__half>(12, 17000, 1, {3, 1, 2});  // none to choose
+  check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {4, 0, 4});
   check_choosing_attention<__half>(500, 17000, 1, {17, 0, 1});
   check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {16, 1, 2}, 0, true);  // ties
 }
