@@ -131,6 +131,36 @@ def test_logits_that_grow(
     assert_decodes_like_reference(x, CacheCase(x, layout, case.lengths))
 
 
+@dataclasses.dataclass
+class OneFarKey(Inputs):
+    """A key in each branch that no query gives any weight."""
+
+    far: float = 1e4
+
+    @functools.cached_property
+    def q(self) -> Tensor:
+        q = Inputs.q.func(self)
+        q[..., 0] = -q[..., 0].abs() - 0.5
+        return q
+
+    def keys(self, branch: str) -> Tensor:
+        rows = super().keys(branch)
+        rows[len(rows) // 2, :, 0] = self.far
+        return rows
+
+
+@by_target
+@pytest.mark.parametrize("heads", [(12, 2), (12, 1), (20, 1)], ids=["g6", "g12", "g20"])
+def test_an_infinitely_far_key_has_no_weight(heads: tuple[int, int], device: str, dtype: torch.dtype) -> None:
+    """Nor has its product with what a kernel keeps in place of heads that there are not."""
+    case = Case("far", (1500,), queries=(2,), heads=heads, dims=(64, 64), select=(6, 1, 2))
+    x = OneFarKey(case, dtype, device)
+    cache = CacheCase(x, "paged_ring", case.lengths)
+    assert_decodes_like_reference(x, cache)
+    infinite = CacheCase(OneFarKey(case, dtype, device, far=float("inf")), "paged_ring", case.lengths)
+    assert all(torch.equal(a, b) for a, b in zip(decode(infinite), decode(cache), strict=True))
+
+
 KINDS = ("mlp", "linear", "mean")
 
 

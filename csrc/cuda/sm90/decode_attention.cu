@@ -185,14 +185,19 @@ __device__ void write_padding(const DecodeAttentionParams& p, const Unit& unit) 
         kNegInf;
 }
 
-// Q by one warp; rows that are none are zeros. Every lane arrives at the barrier.
+// Q by one warp. Rows that are none repeat the last one: zeros times a visible infinity would be NaN, which
+// no factor takes out of a sum over the rows again. Every lane arrives at the barrier.
 template <typename T, int kDimQK>
 __device__ __forceinline__ void load_queries(const DecodeAttentionParams& p, const Unit& unit, uint32_t tile,
                                              uint32_t barrier, int lane) {
   const T* first =
       static_cast<const T*>(p.q.data) + unit.row * p.q.stride_row + unit.first_head * p.q.stride_head;
   load_tile<kDimQK, kDecodeRows, 32>(
-      tile, [&](int row) { return row < unit.num_rows ? first + row * p.q.stride_head : nullptr; }, lane);
+      tile,
+      [&](int row) {
+        return unit.num_rows > 0 ? first + min(row, unit.num_rows - 1) * p.q.stride_head : nullptr;
+      },
+      lane);
   ptx::barrier_arrive_after_copies(barrier);
 }
 
