@@ -50,6 +50,32 @@ CACHE_CASES = (
     Case("pair", (300, 2000), queries=(1, 1), heads=(16, 4), dims=(128, 128), select=(16, 1, 2)),
     Case("half_dozen", (500,) * 6, queries=(1,) * 6, heads=(8, 4), dims=(128, 128), select=(7, 1, 2)),
 )
+# So many tokens and KV heads that a GPU of about 130 multiprocessors has room for clusters whose size is no
+# power of two: their last parts have fewer rows of the output, or none.
+CROWDS = tuple(
+    Case(
+        f"pairs_{tokens * heads}_g{group}",
+        (1500, 700, 90)[: tokens % 3 + 1],
+        queries=(tokens - tokens % 3, *(1,) * (tokens % 3)),
+        heads=(group * heads, heads),
+        dims=(128, 128) if group in (16, 48) else (64, 64),
+        select=(6, 1, 2),
+        window=200,
+    )
+    for tokens, heads, group in (
+        (4, 2, 16),
+        (3, 3, 4),
+        (4, 3, 6),
+        (5, 2, 32),
+        (12, 1, 48),
+        (3, 3, 64),
+        (9, 2, 16),
+        (9, 2, 32),
+        (11, 2, 1),
+        (12, 3, 6),
+        (10, 4, 16),
+    )
+)
 LAYOUTS = ("contiguous", "paged", "ring", "paged_ring")
 
 

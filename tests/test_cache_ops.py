@@ -12,7 +12,7 @@ from attention_case import (
     attention_rest,
     attention_tensors,
 )
-from cache_case import CACHE_CASES, LAYOUTS, CacheCase
+from cache_case import CACHE_CASES, CROWDS, LAYOUTS, CacheCase
 from cases import Case, Inputs, by_device, by_target
 from harness import largest_logit, to
 from tolerance import accumulator, assert_close, assert_lse_close
@@ -128,6 +128,14 @@ def test_logits_that_grow(
     case: Case, inputs: type[Inputs], layout: str, device: str, dtype: torch.dtype
 ) -> None:
     x = inputs(case, dtype, device)
+    assert_decodes_like_reference(x, CacheCase(x, layout, case.lengths))
+
+
+@by_target
+@pytest.mark.parametrize("layout", ["contiguous", "paged_ring"])
+@pytest.mark.parametrize("case", CROWDS, ids=lambda case: case.name)
+def test_any_number_of_tokens_and_heads(case: Case, layout: str, device: str, dtype: torch.dtype) -> None:
+    x = Inputs(case, dtype, device)
     assert_decodes_like_reference(x, CacheCase(x, layout, case.lengths))
 
 

@@ -63,6 +63,8 @@ CACHE_TESTS = tuple(
         f"test_decode_attention[g48-{path}-float16-contiguous]",
         f"test_decode_attention[crowd_128-{path}-bfloat16-paged]",
         f"test_decode_attention[crowd_192-{path}-float16-ring]",
+        f"test_any_number_of_tokens_and_heads[pairs_18_g16-paged_ring-{path}-bfloat16]",
+        f"test_any_number_of_tokens_and_heads[pairs_12_g48-contiguous-{path}-float16]",
         f"test_room_for_many_more_tokens[crowd-524288-{path}-bfloat16]",
         f"test_append_kv[verify-{path}-bfloat16-paged_ring-mlp]",
         f"test_append_kv[verify_padded-{path}-float16-contiguous-linear]",

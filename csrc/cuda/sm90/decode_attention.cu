@@ -33,7 +33,6 @@ struct Layout {
   static constexpr int kOutputPitch = kDimV + 8;
   static constexpr int kOutputBytes = kDecodeRows * kOutputPitch * 4;
   static constexpr int kParkedBytes = kDecodeRows * kDimV * 4;  // of a warp
-  static constexpr int kSliceBytes = kDecodeRows * kDimV * 4;
   static_assert(kOutputBytes <= kStageBytes);
 };
 
@@ -42,6 +41,7 @@ enum Exchange { kCmpStates, kScores, kStates, kSlices, kExchanges };
 
 // What is in shared memory beside the tiles.
 struct Shared {
+  DecodeStream streams[kNumBranches];  // of the plan: a warp reads one of them for every tile
   float taps[kMaxDecodeTaps];
   float gates[kNumBranches][kDecodeRows];
   float2 warp_state[kMaxDecodeWarps][kRowStates];     // of each warp
@@ -78,7 +78,7 @@ __device__ Unit find_unit(const DecodeAttentionParams& p, const DecodePlan& plan
   unit.head_kv = blockIdx.y;
   unit.row = blockIdx.z;
   unit.first_head = unit.head_kv * group + unit.slab * kDecodeRows;
-  unit.num_rows = max(0, min(kDecodeRows, group - unit.slab * kDecodeRows));
+  unit.num_rows = min(kDecodeRows, group - unit.slab * kDecodeRows);
   const TokenPlace place = find_token_by_warp(p.seqs, unit.row, lane);
   unit.b = place.b;
   unit.position = place.position;
@@ -116,7 +116,7 @@ struct Work {
 
   // Tiles that a warp gets of `tiles`: first, first + step, ..
   __device__ int dealt(int tiles, int first, int step) const {
-    return first < tiles && unit.num_rows > 0 ? (tiles - first + step - 1) / step : 0;
+    return first < tiles ? (tiles - first + step - 1) / step : 0;
   }
   __device__ int of_part(int tiles, int parts) const { return max(0, tiles - unit.part + parts - 1) / parts; }
   // Key of the k-th tile of the window.
@@ -141,7 +141,7 @@ __device__ __forceinline__ Work find_work(const DecodeAttentionParams& p, const 
   work.shared_tiles = warps * kSharedRounds;
   const int tiles = work.of_part((work.end - work.begin_window + kDecodeKeys - 1) / kDecodeKeys, parts);
   work.first_cmp = work.part.begin_warp(warp, warps);
-  work.own_cmp = unit.num_rows > 0 ? work.part.begin_warp(warp + 1, warps) - work.first_cmp : 0;
+  work.own_cmp = work.part.begin_warp(warp + 1, warps) - work.first_cmp;
   work.before_slc =
       work.own_cmp + min(kSharedRounds, work.dealt(tiles, work.rank, warps)) +
       (work.rank < work.helpers ? work.dealt(tiles, work.shared_tiles + work.rank, work.helpers) : 0);
@@ -152,13 +152,18 @@ __device__ __forceinline__ Work find_work(const DecodeAttentionParams& p, const 
 
 // The first compressed keys of a warp to the L2 cache.
 template <int kDimQK, int kDimV>
-__device__ __forceinline__ void prefetch_keys(const Work& work, const LaneRows& rows, int lane) {
+__device__ __forceinline__ void prefetch_keys(const Work& work, const DecodePlan& plan, int lane) {
+  const DecodeStream& stream = plan.streams[0];
   const int tiles = min(work.own_cmp, kEarlyTiles), bytes = 2 * (lane < kDecodeKeys ? kDimQK : kDimV);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
     const int key = (work.part.first + work.first_cmp + i) * kDecodeKeys + lane % kDecodeKeys;
-    const char* row = key < work.end_cmp ? rows.row<false>(key) : nullptr;
-    if (row == nullptr) continue;
+    if (key >= work.end_cmp) continue;
+    LaneRow at{key + plan.before};
+    at.look_up<false>(stream, static_cast<int>(work.unit.b));
+    const unsigned offset = at.offset(stream, work.unit.head_kv, lane);
+    if (offset == LaneRow::kNone) continue;
+    const char* row = (lane < kDecodeKeys ? stream.k : stream.v) + uint64_t{offset} * 16;
 #pragma unroll
     for (int byte = 0; byte < 2 * max(kDimQK, kDimV); byte += 128) {
       if (byte < bytes) ptx::prefetch(row + byte);
@@ -193,11 +198,7 @@ __device__ __forceinline__ void load_queries(const DecodeAttentionParams& p, con
   const T* first =
       static_cast<const T*>(p.q.data) + unit.row * p.q.stride_row + unit.first_head * p.q.stride_head;
   load_tile<kDimQK, kDecodeRows, 32>(
-      tile,
-      [&](int row) {
-        return unit.num_rows > 0 ? first + min(row, unit.num_rows - 1) * p.q.stride_head : nullptr;
-      },
-      lane);
+      tile, [&](int row) { return first + min(row, unit.num_rows - 1) * p.q.stride_head; }, lane);
   ptx::barrier_arrive_after_copies(barrier);
 }
 
@@ -314,7 +315,7 @@ struct ChoiceBarrier {
 __device__ __forceinline__ void share_scores(const DecodePlan& plan, const Unit& unit, const Part& part,
                                              int own, const float* sums, const float* lse_log2, Shared& s,
                                              float* scores) {
-  const int blocks = 1 << plan.tile_shift, real_slabs = plan.real_slabs, tiles = part.last - part.first;
+  const int blocks = 1 << plan.tile_shift, tiles = part.last - part.first;
   // What the last keys of the part have for the blocks behind it: alone, those lie behind all tiles.
   const int behind = part.tiles << plan.tile_shift, end_spill = behind + (plan.cluster == 1 ? plan.spill : 0);
   const auto tell_spill = [&](int e, float score) {
@@ -324,71 +325,69 @@ __device__ __forceinline__ void share_scores(const DecodePlan& plan, const Unit&
       scores[behind + e] = score;
     }
   };
-  if (unit.slab < real_slabs) {
-    float* own_scores = scores + unit.slab * plan.num_blocks + (part.first << plan.tile_shift);
-    if (carries_spill(plan)) {
-      // A tile a thread.
+  float* own_scores = scores + unit.slab * plan.num_blocks + (part.first << plan.tile_shift);
+  if (carries_spill(plan)) {
+    // A tile a thread.
 #pragma unroll 1
-      for (int tile = threadIdx.x; tile < tiles; tile += kChoiceThreads) {
-        const int owner = part.owner(tile, plan.warps),
-                  before = tile == 0 ? 0 : part.owner(tile - 1, plan.warps);
-        const float* at = sums + static_cast<int64_t>(tile) * plan.sums_pitch;
-        float4 score = make_float4(before < owner ? s.spilled_score[before] : 0.f, 0.f, 0.f, 0.f);
+    for (int tile = threadIdx.x; tile < tiles; tile += kChoiceThreads) {
+      const int owner = part.owner(tile, plan.warps),
+                before = tile == 0 ? 0 : part.owner(tile - 1, plan.warps);
+      const float* at = sums + static_cast<int64_t>(tile) * plan.sums_pitch;
+      float4 score = make_float4(before < owner ? s.spilled_score[before] : 0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-        for (int row = 0; row < kDecodeRows; ++row) {
-          const float4 sum = reinterpret_cast<const float4*>(at)[row];
-          const float factor = s.cmp_factor[owner][row];
-          score.x = fmaf(sum.x, factor, score.x), score.y = fmaf(sum.y, factor, score.y);
-          score.z = fmaf(sum.z, factor, score.z), score.w = fmaf(sum.w, factor, score.w);
-        }
-        tell(s, kScores, reinterpret_cast<float4*>(own_scores) + tile, score, plan.cluster, 0, plan.cluster);
+      for (int row = 0; row < kDecodeRows; ++row) {
+        const float4 sum = reinterpret_cast<const float4*>(at)[row];
+        const float factor = s.cmp_factor[owner][row];
+        score.x = fmaf(sum.x, factor, score.x), score.y = fmaf(sum.y, factor, score.y);
+        score.z = fmaf(sum.z, factor, score.z), score.w = fmaf(sum.w, factor, score.w);
       }
-      if (threadIdx.x == 0) tell_spill(0, s.spilled_score[plan.warps - 1]);
-    } else {
+      tell(s, kScores, reinterpret_cast<float4*>(own_scores) + tile, score, plan.cluster, 0, plan.cluster);
+    }
+    if (threadIdx.x == 0) tell_spill(0, s.spilled_score[plan.warps - 1]);
+  } else {
 #pragma unroll 1
-      for (int j = threadIdx.x; j < tiles << plan.tile_shift; j += kChoiceThreads) {
-        const int tile = j >> plan.tile_shift, e = j & (blocks - 1);
-        const float* at = sums + static_cast<int64_t>(tile) * plan.sums_pitch;
-        float score = sum_heads(at, plan.entries, e, lse_log2, unit.num_rows);
-        if (e < plan.spill && tile > 0)
-          score += sum_heads(at - plan.sums_pitch, plan.entries, blocks + e, lse_log2, unit.num_rows);
-        tell(s, kScores, &own_scores[j], score, plan.cluster, 0, plan.cluster);
+    for (int j = threadIdx.x; j < tiles << plan.tile_shift; j += kChoiceThreads) {
+      const int tile = j >> plan.tile_shift, e = j & (blocks - 1);
+      const float* at = sums + static_cast<int64_t>(tile) * plan.sums_pitch;
+      float score = sum_heads(at, plan.entries, e, lse_log2, unit.num_rows);
+      if (e < plan.spill && tile > 0)
+        score += sum_heads(at - plan.sums_pitch, plan.entries, blocks + e, lse_log2, unit.num_rows);
+      tell(s, kScores, &own_scores[j], score, plan.cluster, 0, plan.cluster);
+    }
+    if (threadIdx.x < plan.spill) {
+      float score = 0.f;
+      if (tiles > 0) {
+        const float* at = sums + static_cast<int64_t>(tiles - 1) * plan.sums_pitch;
+        score = sum_heads(at, plan.entries, blocks + threadIdx.x, lse_log2, unit.num_rows);
       }
-      if (threadIdx.x < plan.spill) {
-        float score = 0.f;
-        if (tiles > 0) {
-          const float* at = sums + static_cast<int64_t>(tiles - 1) * plan.sums_pitch;
-          score = sum_heads(at, plan.entries, blocks + threadIdx.x, lse_log2, unit.num_rows);
-        }
-        tell_spill(threadIdx.x, score);
-      }
+      tell_spill(threadIdx.x, score);
     }
   }
   // Blocks behind the last tile.
 #pragma unroll 1
   for (int j = end_spill + threadIdx.x; j <= own; j += kChoiceThreads) {
 #pragma unroll 1
-    for (int slab = 0; slab < real_slabs; ++slab) scores[slab * plan.num_blocks + j] = 0.f;
+    for (int slab = 0; slab < plan.slabs; ++slab) scores[slab * plan.num_blocks + j] = 0.f;
   }
 }
 
 // The bytes that all thread blocks together tell of scores.
 __device__ __forceinline__ int score_bytes(const DecodePlan& plan, const Part& part) {
-  return ((part.tiles << plan.tile_shift) + plan.parts() * plan.spill) * plan.real_slabs * 4;
+  return ((part.tiles << plan.tile_shift) + plan.parts() * plan.spill) * plan.slabs * 4;
 }
 
 // In a cluster: what the slabs have, and what keys of one part have for blocks of the next, two terms a block
 // and slab.
 __device__ __forceinline__ void finish_scores(const DecodePlan& plan, const Part& part, int own,
                                               const Shared& s, float* scores) {
-  const int real_slabs = plan.real_slabs;
-  if (real_slabs > 1) {
+  const int slabs = plan.slabs;
+  if (slabs > 1) {
 #pragma unroll 1
     for (int j = threadIdx.x; j <= own; j += kChoiceThreads) {
       float score = scores[j];
 
 #pragma unroll 1
-      for (int slab = 1; slab < real_slabs; ++slab) score += scores[slab * plan.num_blocks + j];
+      for (int slab = 1; slab < slabs; ++slab) score += scores[slab * plan.num_blocks + j];
       scores[j] = score;
     }
     ChoiceBarrier()();
@@ -401,7 +400,7 @@ __device__ __forceinline__ void finish_scores(const DecodePlan& plan, const Part
         float score = scores[j];
 
 #pragma unroll 1
-        for (int slab = 0; slab < real_slabs; ++slab) score += s.spilled[from * plan.slabs + slab][e];
+        for (int slab = 0; slab < slabs; ++slab) score += s.spilled[from * slabs + slab][e];
         scores[j] = score;
       }
     }
@@ -441,10 +440,14 @@ __global__ void __launch_bounds__(kMaxThreads)
                                                      p.compressed, p.block_size)) /
                           static_cast<float>(p.compressed.stride);
   }
+  constexpr int kStreamWords = kNumBranches * sizeof(DecodeStream) / 4;
+  static_assert(kStreamWords <= kChoiceThreads - kMaxDecodeTaps);
+  if (const int word = static_cast<int>(threadIdx.x) - kMaxDecodeTaps; word >= 0 && word < kStreamWords) {
+    reinterpret_cast<unsigned*>(s.streams)[word] = reinterpret_cast<const unsigned*>(plan.streams)[word];
+  }
   __syncthreads();
   if (cluster > 1) ptx::cluster_arrive_relaxed();
   Work work;
-  LaneRows rows;
   bool found = false;
   // Thread blocks that begin while the kernel in front is at work look at what it may still write, if nothing
   // comes of that but addresses in the caches and a guess: the lengths are looked at again.
@@ -457,12 +460,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Unit unit = find_unit(p, plan, lane);
     if (!found || unit.b != work.unit.b || unit.position != work.unit.position) {
       work = find_work(p, plan, unit, warp);
-      // cached_row(0) == before
-      rows = LaneRows(p.k_cmp, p.v_cmp, unit.b, unit.head_kv, plan.before, lane);
     }
     if (!early) break;
     found = true;
-    if (unit.b >= 0 && cluster == 1) prefetch_keys<kDimQK, kDimV>(work, rows, lane);
+    if (unit.b >= 0 && cluster == 1) prefetch_keys<kDimQK, kDimV>(work, plan, lane);
   }
   const Unit& unit = work.unit;
   const Part& part = work.part;
@@ -480,7 +481,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     expect(kCmpStates, cluster * kDecodeRows * 8);
     expect(kScores, score_bytes(plan, part));
     expect(kStates, parts * kRowStates * 8);
-    expect(kSlices, L::kSliceBytes);
+    expect(kSlices, parts * plan.rows_of_part(unit.part) * kDimV * 4);
   }
   struct Tile {
     int first, end;
@@ -524,16 +525,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   DecodeWarp<T, kDimQK, kDimV> acc, held;
   enum { kCompressed, kSoftmax, kChoice, kChosen } phase = kCompressed;
   int all_tiles = before_slc;
+  // The lane's row of the tile to be loaded next; its page is looked up a tile early, so that the latency of
+  // the table is not in front of a copy.
+  LaneRow upcoming;
+  bool looked_up = false;
+  const auto stream_of = [&](int tile) { return s.streams[(tile >= own_cmp) + (tile >= before_slc)]; };
+  const auto look_up = [&](int next) {
+    const Tile tile = tile_at(next);
+    const int key = tile.first + (lane & (kDecodeKeys - 1));
+    upcoming = {key + (next < own_cmp ? plan.before : 0), -1};  // cached_row(0) == before
+    if (key < tile.end) upcoming.look_up(stream_of(next), static_cast<int>(unit.b));
+  };
   // One loop, so that its code is there once: a decoding step runs it cold.
 #pragma unroll 1
   for (int i = 0;;) {
 #pragma unroll 1
     while (ring.loaded < min(all_tiles, i + stages)) {
       const int next = ring.loaded;
-      if (next == own_cmp) rows = LaneRows(p.k_swa, p.v_swa, unit.b, unit.head_kv, 0, lane);
-      if (next == before_slc) rows = LaneRows(p.k_slc, p.v_slc, unit.b, unit.head_kv, 0, lane);
-      const Tile tile = tile_at(next);
-      ring.load(rows, tile.first, tile.end, lane);
+      if (!looked_up) look_up(next);
+      const DecodeStream stream = stream_of(next);
+      ring.load(stream, upcoming.offset(stream, unit.head_kv, lane), lane);
+      looked_up = next + 1 < all_tiles;
+      if (looked_up) look_up(next + 1);
     }
     if (i == 0 && phase == kCompressed) {
       if (threadIdx.x < kNumBranches * kDecodeRows) {
@@ -696,7 +709,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     tell(s, kStates, &s.state[unit.part][r], state, cluster, to, to + 1);
   }
   if (cluster > 1) wait_for(s, kStates);
-  const int own_rows = kDecodeRows / parts, first_own = unit.part * own_rows;
+  const int part_rows = plan.part_rows(), first_own = unit.part * part_rows;
   const int branch = lane < kDecodeRows ? 1 : 2, r = lane & (kDecodeRows - 1);
   float factor = 0.f;  // of the warp's output of the branch
   const float2 all = merge_states(cluster > 1 ? &s.state[0][lane] : &s.warp_state[0][lane],
@@ -716,7 +729,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
   __syncthreads();
-  if (warp == warps - 1 && r < unit.num_rows && r / own_rows == unit.part) {
+  if (warp == warps - 1 && r < unit.num_rows && r / part_rows == unit.part) {
     const int64_t of_branch = p.seqs.total_q * p.shape.num_heads_q;
     float* lse = static_cast<float*>(p.lse) + unit.row * p.shape.num_heads_q + unit.first_head + r;
     lse[branch * of_branch] = lse_of(all) * kLn2;
@@ -748,28 +761,27 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (parts == 1) {
       if (row < unit.num_rows) store(row, vector, sum);
     } else {
-      const int to = row / own_rows * plan.slabs + unit.slab;
-      tell(s, kSlices, &slices[(unit.part * own_rows + row % own_rows) * kVectors + vector], sum, cluster, to,
-           to + 1);
+      const int to = row / part_rows * plan.slabs + unit.slab;
+      tell(s, kSlices, &slices[(unit.part * part_rows + row % part_rows) * kVectors + vector], sum, cluster,
+           to, to + 1);
     }
   }
   if (parts == 1) return;
   wait_for(s, kSlices);
 #pragma unroll 1
-  for (int k = threadIdx.x; k < own_rows * kVectors; k += threads) {
+  for (int k = threadIdx.x; k < part_rows * kVectors; k += threads) {
     const int row = first_own + k / kVectors;
     if (row >= unit.num_rows) continue;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-    for (int from = 0; from < parts; ++from) sum = sum_of(sum, slices[from * own_rows * kVectors + k]);
+    for (int from = 0; from < parts; ++from) sum = sum_of(sum, slices[from * part_rows * kVectors + k]);
     store(row, k % kVectors, sum);
   }
 }
 
-// How many clusters of 2^i thread blocks, each with an SM to itself, the current device runs at once.
+// How many clusters of i thread blocks, each with an SM to itself, the current device runs at once.
 struct ClusterRoom {
-  static constexpr int kSizes = 5;
-  int count[kSizes] = {};
+  int count[kMaxDecodeCluster + 1] = {};
 };
 
 // Asked once for each device.
@@ -778,10 +790,10 @@ const ClusterRoom& cluster_room() {
   return rooms.get([] {
     const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSharedBytes;
     ClusterRoom room;
-    room.count[0] = device_attribute(cudaDevAttrMultiProcessorCount);
-    for (int i = 1; i < ClusterRoom::kSizes; ++i)
-      room.count[i] =
-          max_active_clusters(decode_attention_sm90<__nv_bfloat16, 128, 128>, 1 << i, kMaxThreads, bytes);
+    room.count[1] = device_attribute(cudaDevAttrMultiProcessorCount);
+    for (int size = 2; size <= kMaxDecodeCluster; ++size)
+      room.count[size] =
+          max_active_clusters(decode_attention_sm90<__nv_bfloat16, 128, 128>, size, kMaxThreads, bytes);
     return room;
   });
 }
@@ -799,15 +811,43 @@ bool place_shared(DecodePlan* plan, bool sums_in_shared, int limit) {
   const int64_t own_tiles = ceil_div(plan->max_tiles, plan->parts());
   take(L::kQBytes);
   plan->ring = take(int64_t{plan->warps} * plan->stages * L::kStageBytes);
-  plan->sums =
-      take(max64(plan->warps * L::kParkedBytes, sums_in_shared ? own_tiles * plan->sums_pitch * 4 : 0));
-  // There are scores when all of the cluster are through with the probabilities.
-  plan->scores = take(max64(carries_spill(*plan) ? 0 : plan->warps * kDecodeRows * kDecodeScorePitch,
-                            int64_t{plan->real_slabs} * plan->num_blocks) *
-                      4);
-  plan->slices = take(plan->parts() > 1 ? L::kSliceBytes : 0);
+  // There are scores when all of the cluster are through with the probabilities. All have made their choice
+  // before compressed outputs are parked, which the sums are read for, and before there are slices.
+  const int64_t parked = plan->warps * L::kParkedBytes, sums = own_tiles * plan->sums_pitch * 4,
+                probabilities =
+                    carries_spill(*plan) ? 0 : plan->warps * kDecodeRows * kDecodeScorePitch * int64_t{4},
+                scores = max64(probabilities, int64_t{plan->slabs} * plan->num_blocks * 4),
+                slices = plan->parts() > 1 ? plan->parts() * plan->part_rows() * kDimV * 4 : 0;
+  plan->sums = take(max64(parked, sums_in_shared ? sums : scores));
+  plan->slices = take(sums_in_shared ? max64(scores, slices) : slices);
+  plan->scores = sums_in_shared ? plan->slices : plan->sums;
   plan->shared_bytes = used;
   return used <= limit;
+}
+
+// False where offsets do not fit, those of a tile of rows at one distance behind any other included.
+inline bool describe_stream(const CachedRows& k, const CachedRows& v, const AttentionShape& shape,
+                            DecodeStream* stream) {
+  for (const CachedRows* rows : {&k, &v}) {
+    const int64_t end = max64(0, rows->num_pages - 1) * rows->stride_page +
+                        (rows->page_rows + kDecodeKeys) * rows->stride_row +
+                        shape.num_heads_kv * rows->stride_head;
+    if (end / 8 >= LaneRow::kNone) return false;
+  }
+  const auto units = [](int64_t elements) { return static_cast<unsigned>(elements / 8); };
+  *stream = {static_cast<const char*>(k.data),
+             static_cast<const char*>(v.data),
+             k.block_table,
+             static_cast<unsigned>(k.table_width),
+             static_cast<unsigned>(min64(k.num_pages, v.num_pages)),
+             units(k.stride_page),
+             units(k.stride_row),
+             units(v.stride_page),
+             units(v.stride_row),
+             Divisor(max64(1, k.page_rows)),
+             units(k.stride_head),
+             units(v.stride_head)};
+  return true;
 }
 
 // Shapes alone decide, and the device. False where the portable kernels have to do.
@@ -822,13 +862,8 @@ bool make_plan(const DecodeAttentionParams& p, DecodePlan* plan) {
   const int64_t tile_blocks = kDecodeKeys / per_block, spill = ceil_div(before, per_block);
   if (spill > min64(tile_blocks, kMaxDecodeSpill) || per_block + before > kMaxDecodeTaps) return false;
   if (p.seqs.total_q > 65535 || heads > 65535) return false;
-  // Distances of rows are 32 bits.
-  for (const CachedRows* rows : {&p.k_cmp, &p.v_cmp, &p.k_slc, &p.v_slc, &p.k_swa, &p.v_swa}) {
-    if (rows->stride_row > (int64_t{1} << 26)) return false;
-  }
   *plan = {};
-  plan->real_slabs = static_cast<int>(ceil_div(group, kDecodeRows));
-  plan->slabs = plan->real_slabs == 3 ? 4 : plan->real_slabs;
+  plan->slabs = static_cast<int>(ceil_div(group, kDecodeRows));
   plan->max_tiles = static_cast<int>(max64(1, ceil_div(p.compressed.count(p.seqs.capacity), kDecodeKeys)));
   // All of the last tile's, and for 16 bytes at a time.
   plan->num_blocks = static_cast<int>(
@@ -837,6 +872,10 @@ bool make_plan(const DecodeAttentionParams& p, DecodePlan* plan) {
   plan->before = static_cast<int>(before);
   while (tile_blocks >> (plan->tile_shift + 1) != 0) ++plan->tile_shift;
   plan->spill = static_cast<int>(spill);
+  if (!describe_stream(p.k_cmp, p.v_cmp, p.shape, &plan->streams[0]) ||
+      !describe_stream(p.k_swa, p.v_swa, p.shape, &plan->streams[1]) ||
+      !describe_stream(p.k_slc, p.v_slc, p.shape, &plan->streams[2]))
+    return false;
   plan->entries = static_cast<int>(carries_spill(*plan) ? tile_blocks : tile_blocks + spill + 1);
   plan->sums_pitch = static_cast<int>(kDecodeRows * plan->entries);
   while (plan->sums_pitch % 32 != tile_blocks % 32) ++plan->sums_pitch;
@@ -844,27 +883,30 @@ bool make_plan(const DecodeAttentionParams& p, DecodePlan* plan) {
   const int64_t units = max64(1, p.seqs.total_q) * heads;
   const ClusterRoom& room = cluster_room();
   plan->cluster = plan->slabs;
-  for (int i = 1; i < ClusterRoom::kSizes; ++i) {
-    if (1 << i > plan->cluster && room.count[i] >= units) plan->cluster = 1 << i;
+  const auto tiles_of_part = [&](int cluster) { return ceil_div(plan->max_tiles, cluster / plan->slabs); };
+  int64_t least = plan->max_tiles;  // that a part has
+  for (int size = plan->slabs; size <= kMaxDecodeCluster; size += plan->slabs) {
+    if (size > plan->slabs && room.count[size] < units) continue;
+    // Larger clusters take longer to begin.
+    if (size > kPortableCluster && least - tiles_of_part(size) < kMaxDecodeWarps) continue;
+    if (size <= kPortableCluster) least = tiles_of_part(size);
+    plan->cluster = size;
   }
-  plan->first_units = room.count[0];
-  for (int i = 1; i < ClusterRoom::kSizes; ++i) {
-    if (plan->cluster == 1 << i) plan->first_units = room.count[i];
-  }
+  plan->first_units = room.count[plan->cluster];
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSharedBytes;
-  // Where the sums do not fit, they go to the workspace, which stays in the L2 cache.
-  struct Choice {
-    int warps, stages;
-    bool sums_in_shared;
+  // Where the sums do not fit, they go to the workspace, which stays in the L2 cache: that costs more than
+  // one warp and less than two.
+  plan->stages = kMaxDecodeStages;
+  const auto places = [&](int warps, bool sums_in_shared) {
+    plan->warps = warps;
+    plan->global_sums = sums_in_shared ? nullptr : reinterpret_cast<float*>(1);
+    return place_shared<kDimQK, kDimV>(plan, sums_in_shared, limit);
   };
-  for (const Choice& choice : {Choice{8, 2, true}, Choice{6, 2, true}, Choice{4, 2, true},
-                               Choice{8, 2, false}, Choice{6, 2, false}, Choice{4, 2, false}}) {
-    plan->warps = choice.warps, plan->stages = choice.stages;
-    if (!place_shared<kDimQK, kDimV>(plan, choice.sums_in_shared, limit)) continue;
-    plan->global_sums = choice.sums_in_shared ? nullptr : reinterpret_cast<float*>(1);
-    return true;
+  if (places(kMaxDecodeWarps, true)) return true;
+  for (int warps = kMaxDecodeWarps; warps > kChoiceWarps; --warps) {
+    if (places(warps - 1, true) || places(warps, false)) return true;
   }
-  return false;
+  return places(kChoiceWarps, false);
 }
 
 // f<T, kDimQK, kDimV>(plan) -> bool; false where the portable kernels have to do.

@@ -8,56 +8,41 @@
 // tile/warp_tile.cuh, so ldmatrix meets no bank conflict.
 #pragma once
 
+#include <bit>
+
 #include "cuda/common/decode_attention.cuh"
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/sm90/decode_plan.h"
 #include "cuda/tile/cached_sequence.cuh"
 #include "cuda/tile/warp_tile.cuh"
 
 namespace nsa::cuda::sm90 {
 
 constexpr int kDecodeKeys = 16;  // of a tile
-constexpr int kDecodeRows = 16;
 
-// Keys (lanes 0 .. 15) or values (the others) of one sequence and KV head, which lie in the same pages and
-// rows: what a lane needs to find a row, in registers. Key i is row i + shift.
-struct LaneRows {
-  const char* data;  // of the head
-  int64_t page_bytes;
-  unsigned row_bytes;
-  const int32_t* pages;            // null: one page
-  unsigned page_rows, last_entry;  // of the table
-  int num_pages, only_page, shift;
+// A row of a sequence and KV head in a cache: lanes 0 .. 15 have rows of keys, the others of values.
+struct LaneRow {
+  static constexpr unsigned kNone = ~0u;
+  int row, page;
 
-  LaneRows() = default;
-  __device__ LaneRows(const CachedRows& k, const CachedRows& v, int64_t b, int head, int shift, int lane)
-      : pages(k.block_table == nullptr ? nullptr : k.block_table + b * k.table_width),
-        page_rows(static_cast<unsigned>(k.page_rows)),
-        last_entry(static_cast<unsigned>(k.table_width) - 1),
-        num_pages(static_cast<int>(k.num_pages)),
-        only_page(static_cast<int>(b)),
-        shift(shift) {
-    // Values are chosen, not structs: those are in the constant bank, where lanes cannot point to.
-    const bool is_value = lane >= kDecodeKeys;
-    data = static_cast<const char*>(is_value ? v.data : k.data) +
-           head * (is_value ? v.stride_head : k.stride_head) * 2;
-    page_bytes = (is_value ? v.stride_page : k.stride_page) * 2;
-    row_bytes = static_cast<unsigned>((is_value ? v.stride_row : k.stride_row) * 2);
-  }
-  // Null for a page that does not exist. Without kCached nothing of the table stays in the L1 cache: the
-  // kernel in front may be writing it.
+  // Without kCached nothing of the table stays in the L1 cache: the kernel in front may be writing it.
   template <bool kCached = true>
-  __device__ __forceinline__ const char* row(int key) const {
-    const unsigned index = static_cast<unsigned>(key + shift);
-    const unsigned page_index = index < page_rows ? 0 : index / page_rows;
-    int page = only_page;
-    if (pages != nullptr) {
-      page = kCached ? pages[page_index] : __ldcg(pages + page_index);
-      // The warps of a thread block look up the entries behind these next: a line of 32.
-      if (kCached) ptx::prefetch_l1(pages + min(page_index + 32, last_entry));
-    }
-    if (page < 0 || page >= num_pages) return nullptr;
-    return data + page * page_bytes + uint64_t{row_bytes} * (index - page_index * page_rows);
+  __device__ __forceinline__ void look_up(const DecodeStream& stream, int b) {
+    page = b;
+    if (stream.pages == nullptr) return;
+    const int32_t* entry =
+        stream.pages + b * static_cast<int64_t>(stream.table_width) + stream.page_rows.divide(row);
+    page = kCached ? *entry : __ldcg(entry);
+  }
+  // Where it is behind stream.k or stream.v, in units of 16 bytes; kNone in a page that does not exist.
+  __device__ __forceinline__ unsigned offset(const DecodeStream& stream, int head, int lane) const {
+    if (static_cast<unsigned>(page) >= stream.num_pages) return kNone;
+    const bool is_value = lane >= kDecodeKeys;
+    return page * (is_value ? stream.v_page : stream.k_page) +
+           head * (is_value ? stream.v_head : stream.k_head) +
+           (row - stream.page_rows.times(stream.page_rows.divide(row))) *
+               (is_value ? stream.v_row : stream.k_row);
   }
 };
 
@@ -75,68 +60,63 @@ struct DecodeRing {
   __device__ DecodeRing(uint32_t tiles, uint32_t barriers, int stages)
       : tiles(tiles), barriers(barriers), stages(stages) {}
 
-  // Keys first .. first + kDecodeKeys - 1; zeros from `end` on, since what lies there may be NaN.
-  __device__ __forceinline__ void load(const LaneRows& rows, int first, int end, int lane) {
+  // 16 keys and values that lie one behind the other in the sequence, at the lanes' offsets; zeros where
+  // there is none, since what lies there may be NaN.
+  __device__ __forceinline__ void load(const DecodeStream& stream, unsigned offset, int lane) {
     static_assert(kDecodeKeys == 16);
-    const int key = first + (lane & (kDecodeKeys - 1));
     const uint32_t tile = tiles + stage_in * kStageBytes;
-    const char* source = key < end ? rows.row(key) : nullptr;
-    // Mostly all rows are there, at the same distances.
-    const uint64_t from = reinterpret_cast<uint64_t>(source);
-    const uint64_t from_k = __shfl_sync(~0u, from, 0), from_v = __shfl_sync(~0u, from, kDecodeKeys);
-    const bool strided =
-        source != nullptr && from == (lane < kDecodeKeys ? from_k : from_v) +
-                                         (lane & (kDecodeKeys - 1)) * uint64_t{rows.row_bytes};
-    if (__all_sync(~0u, strided)) {
-      copy_strided<kDimQK>(tile, from_k, __shfl_sync(~0u, rows.row_bytes, 0), lane);
-      copy_strided<kDimV>(tile + kKTileBytes, from_v, __shfl_sync(~0u, rows.row_bytes, kDecodeKeys), lane);
+    const bool there = offset != LaneRow::kNone;
+    // Without pages all rows are there at the same distances, but at the ends.
+    const unsigned of_k = __shfl_sync(~0u, offset, 0), of_v = __shfl_sync(~0u, offset, kDecodeKeys);
+    const bool strided = offset == (lane < kDecodeKeys ? of_k + lane * stream.k_row
+                                                       : of_v + (lane - kDecodeKeys) * stream.v_row);
+    if (__all_sync(~0u, there && strided)) {
+      copy_strided<kDimQK>(tile, stream.k, of_k, stream.k_row, lane);
+      copy_strided<kDimV>(tile + kKTileBytes, stream.v, of_v, stream.v_row, lane);
     } else {
-      copy_rows<kDimQK>(tile, source, 0, lane);
-      copy_rows<kDimV>(tile + kKTileBytes, source, kDecodeKeys, lane);
+      copy_rows<kDimQK>(tile, stream.k, offset, 0, lane);
+      copy_rows<kDimV>(tile + kKTileBytes, stream.v, offset, kDecodeKeys, lane);
     }
     ptx::barrier_arrive_after_copies(barriers + stage_in * 8);
     ++loaded;
     if (++stage_in == stages) stage_in = 0;
   }
 
-  // Rows `from`, from + row_bytes, .., 16 bytes a lane.
-  template <int kDim>
-  __device__ __forceinline__ static void copy_strided(uint32_t tile, uint64_t from, unsigned row_bytes,
-                                                      int lane) {
-    constexpr int kChunks = kDim / 8;
-    if constexpr (32 % kChunks == 0) {
-      const int row = lane / kChunks, chunk = lane % kChunks;
-      from += uint64_t{row_bytes} * row + chunk * 16;
-      tile += row * kPitch<kDim> * 2 + chunk * 16;
+  // Of the columns from 16-byte chunk kFirst on, as many at a time as divide the lanes.
+  template <int kDim, int kFirst>
+  static constexpr int kChunks = std::bit_floor(static_cast<unsigned>(kDim / 8 - kFirst));
+
+  // Rows at `offset`, offset + row_units, .., 16 bytes a lane.
+  template <int kDim, int kFirst = 0>
+  __device__ __forceinline__ static void copy_strided(uint32_t tile, const char* data, unsigned offset,
+                                                      unsigned row_units, int lane) {
+    constexpr int kWidth = kChunks<kDim, kFirst>;
+    const int row = lane / kWidth, chunk = kFirst + lane % kWidth;
+    const char* from = data + uint64_t{offset + row_units * row + chunk} * 16;
+    const uint32_t to = tile + row * kPitch<kDim> * 2 + chunk * 16;
 #pragma unroll
-      for (int r = 0; r < kDecodeKeys; r += 32 / kChunks)
-        ptx::async_copy_16(tile + r * kPitch<kDim> * 2,
-                           reinterpret_cast<const void*>(from + uint64_t{row_bytes} * r), true,
-                           ptx::kEvictFirst);
-    } else {
-#pragma unroll
-      for (int k = lane; k < kDecodeKeys * kChunks; k += 32) {
-        const int row = k / kChunks, chunk = k % kChunks;
-        ptx::async_copy_16(tile + row * kPitch<kDim> * 2 + chunk * 16,
-                           reinterpret_cast<const void*>(from + uint64_t{row_bytes} * row + chunk * 16), true,
-                           ptx::kEvictFirst);
-      }
-    }
+    for (int r = 0; r < kDecodeKeys; r += 32 / kWidth)
+      ptx::async_copy_16(to + r * kPitch<kDim> * 2, from + uint64_t{row_units} * (16 * r), true,
+                         ptx::kEvictFirst);
+    if constexpr (kFirst + kWidth < kDim / 8)
+      copy_strided<kDim, kFirst + kWidth>(tile, data, offset, row_units, lane);
   }
 
-  // Rows whose addresses the lanes first, first + 1, .. have, 16 bytes a lane; null: zeros.
-  template <int kDim>
-  __device__ __forceinline__ static void copy_rows(uint32_t tile, const char* source, int first, int lane) {
-    constexpr int kChunks = kDim / 8;
-    static_assert(kDecodeKeys * kChunks % 32 == 0);
+  // Rows whose offsets the lanes lane0, lane0 + 1, .. have, 16 bytes a lane; zeros for none.
+  template <int kDim, int kFirst = 0>
+  __device__ __forceinline__ static void copy_rows(uint32_t tile, const char* data, unsigned offset,
+                                                   int lane0, int lane) {
+    constexpr int kWidth = kChunks<kDim, kFirst>;
+    const int row = lane / kWidth, chunk = kFirst + lane % kWidth;
+    const uint32_t to = tile + row * kPitch<kDim> * 2 + chunk * 16;
 #pragma unroll
-    for (int k = 0; k < kDecodeKeys * kChunks; k += 32) {
-      const int row = (k + lane) / kChunks, chunk = (k + lane) % kChunks;
-      const uint64_t from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(source), first + row);
-      ptx::async_copy_16(tile + row * kPitch<kDim> * 2 + chunk * 16,
-                         reinterpret_cast<const void*>(from + (from == 0 ? 0 : chunk * 16)), from != 0,
-                         ptx::kEvictFirst);
+    for (int r = 0; r < kDecodeKeys; r += 32 / kWidth) {
+      const unsigned from = __shfl_sync(~0u, offset, lane0 + row + r);
+      ptx::async_copy_16(to + r * kPitch<kDim> * 2, data + chunk * 16 + uint64_t{from} * 16,
+                         from != LaneRow::kNone, ptx::kEvictFirst);
     }
+    if constexpr (kFirst + kWidth < kDim / 8)
+      copy_rows<kDim, kFirst + kWidth>(tile, data, offset, lane0, lane);
   }
 
   __device__ __forceinline__ bool is_there() const {
