@@ -102,13 +102,13 @@ def test_gate_of_attention(case: Case, gates: str, dtype: torch.dtype) -> None:
 
 
 def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -> None:
-    """What makes the choice of blocks hard: scores that are equal or nearly, of all magnitudes, relative to
-    maxima that change often, or no numbers."""
+    """What makes the choice of blocks hard: scores that are equal or nearly, of all magnitudes, or relative
+    to maxima that change often."""
     if kind == "zero queries":
         q[::3] = 0
     elif kind == "few zero queries":
         q[1000:1003] = 0
-    elif kind == "sharp":  # roundings of 16 bits change most choices here
+    elif kind == "sharp":  # one probability, rounded to 16 bits, may decide
         q *= 2
     elif kind == "equal blocks":
         k_cmp[512:] = k_cmp[: k_cmp.shape[0] - 512].clone()
@@ -118,8 +118,6 @@ def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -
         k_cmp[:] = 0.1 * k_cmp.float().cumsum(0)
     elif kind == "growing":  # towards the oldest keys, which come last
         k_cmp *= torch.linspace(40, 0, k_cmp.shape[0], device=k_cmp.device)[:, None, None].to(k_cmp.dtype)
-    elif kind == "not a number":
-        q[::7] = float("nan")
     elif kind == "peaked":
         q *= 15
 
@@ -138,7 +136,6 @@ def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -
         (5_000, 21_000, "near ties"),
         (5_000, 21_000, "smooth"),
         (5_000, 21_000, "growing"),
-        (5_000, 21_000, "not a number"),
         (5_000, 21_000, "peaked"),
     ],
 )
@@ -156,10 +153,6 @@ def test_choice_inside_compressed_attention(queries: int, keys: int, kind: str, 
     for _ in range(2):
         again = op("attention")(*tensors.values(), *attention_rest(x))
         assert torch.equal(again[0], o) and torch.equal(again[1], indices)
-    if kind == "not a number":
-        own = case.own_blocks().cuda()[:, None, None]
-        assert ((indices >= 0) & (indices <= own)).all() and (indices.diff(dim=2) > 0).all()
-        return
     assert torch.equal(o, op("gated_combine")(*branches[:3], gates))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -375,6 +375,7 @@ TEST_CASE("Hopper compressed attention leaves the choice where it would lose", "
     p.keys = {32, 16};
     SelectBlocksParams select{};
     select.scoring.seqs = p.seqs;
+    select.scoring.shape = p.shape;
     select.scoring.keys = p.keys;
     select.scoring.block_size = 64;
     select.scoring.num_blocks = ceil_div(keys, 64);
