@@ -705,15 +705,18 @@ struct SumsWorkspace {
 
 // Queries at shorter positions, in the mean, find it faster to make scores again.
 constexpr int64_t kMinChoosingPosition = 16384;
+// Longer ones are neither measured nor tested.
+constexpr int64_t kMaxChoosingLength = 131072;
 
 bool chooses_blocks(const BandedAttentionFwdParams& p, const SelectBlocksParams& select) {
   const SequenceBatch& seqs = p.seqs;
   const KeyBlocks keys = select.scoring.keys;
   return seqs.cu_seqlens_q == nullptr && seqs.max_seqlen_k - seqs.total_q / 2 >= kMinChoosingPosition &&
-         keys.block == 32 && keys.stride == 16 && select.scoring.block_size == 64 &&
-         p.shape.group() == kSumsGroup && p.shape.head_dim_qk == 128 && p.shape.head_dim_v == 128 &&
-         select.num_selected_blocks <= kMaxLaneChoice && select.num_local_blocks >= 1 &&
-         seqs.key_rows >= keys.count(seqs.max_seqlen_k) && p.k.stride_row <= INT32_MAX / 2 &&
+         seqs.max_seqlen_k <= kMaxChoosingLength && keys.block == 32 && keys.stride == 16 &&
+         select.scoring.block_size == 64 && p.shape.group() == kSumsGroup && p.shape.head_dim_qk == 128 &&
+         p.shape.head_dim_v == 128 && select.num_selected_blocks <= kMaxLaneChoice &&
+         select.num_local_blocks >= 1 && seqs.key_rows >= keys.count(seqs.max_seqlen_k) &&
+         p.k.stride_row <= INT32_MAX / 2 &&
          device_attribute(cudaDevAttrMultiProcessorCount) <= SumsWorkspace::kMaxBlocks &&
          SumsWorkspace(select).record_bytes() <= UINT32_MAX;
 }

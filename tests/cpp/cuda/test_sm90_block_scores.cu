@@ -385,6 +385,7 @@ TEST_CASE("Hopper compressed attention leaves the choice where it would lose", "
   };
   CHECK(bytes(32768, 32768, 16, 16, 2, false) > 0);
   CHECK(bytes(32000, 32000, 16, 16, 2, false) == 0);
+  CHECK(bytes(132000, 132000, 16, 16, 2, false) == 0);
   CHECK(bytes(32768, 32768, 8, 16, 2, false) == 0);
   CHECK(bytes(32768, 32768, 16, 32, 2, false) == 0);
   CHECK(bytes(32768, 32768, 16, 16, 0, false) == 0);
