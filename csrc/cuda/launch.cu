@@ -50,14 +50,15 @@ NSA_LAUNCH_PORTABLE(attention_delta, DeltaParams)
 // The order lets a kernel begin while the one in front ends: the selection reads only lse of what compressed
 // attention writes, the window nothing that the selection writes, and selected attention nothing of the
 // window before the gate, which is the end of a tile's work. Compressed attention, which has ended when the
-// last kernel begins, zeroes the ticket by which that one deals out its tiles. On long sequences it chooses
-// the blocks too.
+// last kernel begins, zeroes the ticket by which that one deals out its tiles. Where it chooses the blocks
+// itself, the selection only takes what it leaves.
 Status attention_forward(const AttentionFwdParams& p, const Stream& stream) {
   const bool hopper = use_sm90();
   Status status;
   int* ticket = static_cast<int*>(p.workspace);
-  void* const sums = static_cast<char*>(p.workspace) + kTicketBytes;
-  if (!hopper || !sm90::compressed_selection_forward(p.cmp, p.select, sums, ticket, stream, &status)) {
+  if (!hopper ||
+      !sm90::compressed_selection_forward(p.cmp, p.select, static_cast<char*>(p.workspace) + kTicketBytes,
+                                          ticket, stream, &status)) {
     if (!hopper || !sm90::banded_attention_forward(p.cmp, stream, &status, sm90::Begin::kOnTime, ticket)) {
       ticket = nullptr;
       status = portable::banded_attention_forward(p.cmp, stream);

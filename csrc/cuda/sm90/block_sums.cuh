@@ -16,6 +16,7 @@
 
 #include "cuda/ptx/async_copy.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/choose_blocks.cuh"
 #include "cuda/tile/swizzled_tile.cuh"
 #include "cuda/tile/warpgroup_softmax.cuh"

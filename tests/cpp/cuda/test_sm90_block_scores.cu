@@ -9,6 +9,7 @@
 #include "catch2_bridge.h"
 #include "cuda/host/launch_kernel.h"
 #include "cuda/portable/launch.h"
+#include "cuda/sm90/block_sums.cuh"
 #include "cuda/sm90/launch.h"
 #include "device_memory.h"
 
@@ -360,6 +361,23 @@ TEST_CASE("Hopper compressed attention that chooses blocks", "[sm90][scores][cho
   check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {4, 0, 4});
   check_choosing_attention<__half>(500, 17000, 1, {17, 0, 1});
   check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {16, 1, 2}, 0, true);  // ties
+}
+
+// The largest error of rounding to nearest, of all numbers in an octave.
+template <typename T>
+double rounding_error() {
+  double worst = 0;
+  for (int i = 0; i < 1 << 16; ++i) {
+    const float x = 1 + static_cast<float>(i) / (1 << 16);
+    worst = std::max(worst, std::abs(static_cast<double>(static_cast<float>(static_cast<T>(x))) - x) / x);
+  }
+  return worst;
+}
+
+TEST_CASE("the bound of the choice covers both roundings of a probability", "[choosing]") {
+  const double kept = rounding_error<__half>();
+  CHECK(sm90::SumsError<__nv_bfloat16>::kRelative >= rounding_error<__nv_bfloat16>() + kept);
+  CHECK(sm90::SumsError<__half>::kRelative >= 2 * kept);
 }
 
 TEST_CASE("Hopper compressed attention leaves the choice where it would lose", "[sm90][scores][choosing]") {
