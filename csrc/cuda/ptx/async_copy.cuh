@@ -91,6 +91,11 @@ __device__ __forceinline__ void prefetch_l1(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory");
 }
 
+// PTX: discard.global.L2: 128 bytes, aligned, hold nothing any more, and need not be written to memory.
+__device__ __forceinline__ void discard(void* global) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(global) : "memory");
+}
+
 // PTX: prefetch.global.L2: the line of an address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");

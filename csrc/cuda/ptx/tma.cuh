@@ -20,6 +20,16 @@ __device__ __forceinline__ void bulk_load_3d(uint32_t shared, const CUtensorMap*
       : "memory");
 }
 
+// The same under a policy of the L2 cache.
+__device__ __forceinline__ void bulk_load_3d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
+                                             int y, int z, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
 // PTX: cp.async.bulk.tensor.4d, tile mode.
 __device__ __forceinline__ void bulk_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
                                              int y, int z, int w) {

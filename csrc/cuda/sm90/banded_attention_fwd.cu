@@ -115,12 +115,13 @@ struct Visibility {
 struct BandedPlan {
   CUtensorMap q, k, v;
   Visibility visible;
-  int num_tiles;  // of tokens
-  int group;      // G
-  int part;       // tokens of a warpgroup: 64 / G
-  float scale;    // with log2(e) in it
-  bool early;     // Begin::kEarly, for the window alone
-  int* zeroed;    // or null: set to 0
+  int num_tiles;             // of tokens
+  int first_item, end_item;  // of the launch, among those of all tiles and KV heads, longest first
+  int group;                 // G
+  int part;                  // tokens of a warpgroup: 64 / G
+  float scale;               // with log2(e) in it
+  bool early;                // Begin::kEarly, for the window alone
+  int* zeroed;               // or null: set to 0
   SumsPlan sums;
 };
 
@@ -180,7 +181,7 @@ template <typename Layout>
 __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, const BandedPlan& plan,
                                          const uint32_t base, unsigned char* shared) {
   const int block = blockIdx.x, blocks = gridDim.x;
-  const int heads = p.shape.num_heads_kv, num_items = plan.num_tiles * heads;
+  const int heads = p.shape.num_heads_kv;
   uint32_t count = 0;
   const auto publish = [&](auto describe) {
     const RingPosition<Layout::kItemSlots> ring(count++);
@@ -188,11 +189,15 @@ __device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, cons
     describe(item_slot<Layout>(shared, ring.slot));
     ptx::barrier_arrive(base + Layout::kFullItem + 8 * ring.slot);
   };
+  // Where records of choices lie in the L2 cache, one half begins with the shortest items, so that these
+  // never are long in all blocks at once.
+  const int rounds = (plan.end_item - plan.first_item + blocks - 1) / blocks;
 #pragma unroll 1
-  for (int round = 0; round * blocks < num_items; ++round) {
+  for (int turn = 0; turn < rounds; ++turn) {
+    const int round = Layout::kChoosing && (block & 1) ? rounds - 1 - turn : turn;
     // Back and forth over the blocks, so that none gets the longest of every round.
-    const int k = round * blocks + (round & 1 ? blocks - 1 - block : block);
-    if (k >= num_items) continue;
+    const int k = plan.first_item + round * blocks + (round & 1 ? blocks - 1 - block : block);
+    if (k >= plan.end_item) continue;
     const int number = k / heads;
     const SequenceTile tile =
         find_sequence_tile(p.seqs, plan.num_tiles - 1 - number, plan.part * Layout::kConsumers);
@@ -230,9 +235,14 @@ __device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base
       ptx::barrier_arrive_expect(full_q, plan.part * plan.group * kDimQK * 2);
 #pragma unroll 1
       for (int panel = 0; panel < kDimQK / kPanel; ++panel) {
-        ptx::bulk_load_3d(base + Layout::kQ + which * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch,
-                          &plan.q, full_q, panel * kPanel, item[w].head * plan.group,
-                          static_cast<int>(item[w].row));
+        const uint32_t target =
+            base + Layout::kQ + which * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch;
+        const int x = panel * kPanel, y = item[w].head * plan.group, z = static_cast<int>(item[w].row);
+        if constexpr (Layout::kChoosing) {  // leaves the L2 cache to records
+          ptx::bulk_load_3d(target, &plan.q, full_q, x, y, z, ptx::kEvictFirst);
+        } else {
+          ptx::bulk_load_3d(target, &plan.q, full_q, x, y, z);
+        }
       }
     }
     if (count >= Layout::kItemsInUse) {
@@ -340,7 +350,7 @@ __device__ __forceinline__ void clear_idle_rows(uint32_t base, int used, int thr
   ptx::named_barrier_sync(1 + consumer, 128);
 }
 
-template <typename T, int kDimV>
+template <typename T, int kDimV, bool kStreaming>
 __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, int group,
                                            const volatile Item& item, const float (&o)[kDimV / 2],
                                            const RowPair& rows, TokenPair tokens, int row0, int lane) {
@@ -350,9 +360,9 @@ __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, in
     const bool valid = token < item.tokens;
     const float sum = quad_sum(rows.sum[h]);
     const int64_t row = (item.row + token) * p.shape.num_heads_q + item.head * group + member;
-    store_row<T>(valid ? static_cast<T*>(p.o) + row * kDimV : nullptr,
-                 reinterpret_cast<const float(&)[kDimV / 8][4]>(o), h,
-                 sum == 0.f ? 0.f : __fdividef(1.f, sum), lane);
+    store_row<T, kStreaming>(valid ? static_cast<T*>(p.o) + row * kDimV : nullptr,
+                             reinterpret_cast<const float(&)[kDimV / 8][4]>(o), h,
+                             sum == 0.f ? 0.f : __fdividef(1.f, sum), lane);
     if (valid && (lane & 3) == 0) {
       static_cast<float*>(p.lse)[row] = rows.max[h] == kNegInf ? kNegInf : (rows.max[h] + log2f(sum)) * kLn2;
     }
@@ -472,8 +482,8 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   };
   // The end of an item: outputs, and the choice, by warps that have a token.
   const auto store = [&](const volatile Item& item) {
-    store_rows<T, kDimV>(p, group, item, reinterpret_cast<const float(&)[kDimV / 2]>(o), rows, tokens, row0,
-                         lane);
+    store_rows<T, kDimV, kChoosing>(p, group, item, reinterpret_cast<const float(&)[kDimV / 2]>(o), rows,
+                                    tokens, row0, lane);
   };
   const auto store_and_choose = [&](const volatile Item& item) {
     // Not known before, or what depends on it alone would be computed in front of all loops, and kept.
@@ -484,7 +494,6 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     SumsReader reader(reinterpret_cast<const SumsRecord*>(plan.sums.records + records),
                       own_block(plan.sums, position) + 1 - plan.sums.counts.num_local, here % 32);
     store(item);
-    reader.load_rest();
     SumsEpochs& epochs = reinterpret_cast<SumsEpochs*>(shared + Layout::kEpochs)[warp];
     keep_lse(epochs, rows, here % 32);
     const int64_t row = (item.row + token) * p.shape.num_heads_kv + item.head;
@@ -495,17 +504,21 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
                          static_cast<uint32_t>(p.k.stride_row * 2), min(end_of(position), item.num_keys),
                          plan.scale};
     };
-    const bool done = choose_from_sums<T>(plan.sums, reader, epochs,
-                                          reinterpret_cast<Candidates*>(shared + Layout::kCandidates)[warp],
-                                          of_grid, row, position, find_token);
+    const int exact_scores = choose_from_sums<T>(
+        plan.sums, reader, epochs, reinterpret_cast<Candidates*>(shared + Layout::kCandidates)[warp], of_grid,
+        row, position, find_token);
     if (here % 32 == 0) {
-      plan.sums.unfinished[row] = !done;
-      if (!done) plan.sums.any_unfinished[of_grid] = 1;
+      plan.sums.unfinished[row] = exact_scores == kLeftOver;
+      if (exact_scores == kLeftOver) plan.sums.any_unfinished[of_grid] = 1;
+      if (plan.sums.trial == Trial::kMade)
+        plan.sums.gain[of_grid] = gain_of_choice(reader.tiles, exact_scores);
     }
   };
   clear_idle_rows<kDimQK, Layout>(base, plan.part * plan.group, thread, consumer);
-  if (kChoosing && lane == 0)
-    plan.sums.any_unfinished[blockIdx.x * Layout::kConsumers * 4 + threadIdx.x / 32] = 0;
+  if (kChoosing && plan.sums.trial == Trial::kMade && lane == 0) {
+    const int of_grid = blockIdx.x * Layout::kConsumers * 4 + threadIdx.x / 32;
+    plan.sums.any_unfinished[of_grid] = plan.sums.gain[of_grid] = 0;
+  }
   wait_for_queries(0);
   bool stop = item_of(0).stop;
   pass_turn(last && !stop);
@@ -531,7 +544,11 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     rows.clear();
     mask(left);
     softmax_update(s, rows, plan.scale);
-    if constexpr (kChoosing) begin_epoch(epochs(), left, rows, true, lane);
+    if constexpr (kChoosing) {
+      begin_epoch(epochs(), left, rows, true, lane);
+      clear_records_behind(reinterpret_cast<SumsRecord*>(plan.sums.records + (records + left * kRecord)),
+                           left, lane);
+    }
     pack_fragments<T>(probabilities, s);
 #pragma unroll 1
     for (; left > 0; ++tiles) {
@@ -602,6 +619,25 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   }
 }
 
+// All threads: whether this launch is the one that the trial is in favour of. The first of the two tells the
+// other one, and who chooses behind it.
+template <typename Layout>
+__device__ __forceinline__ bool goes_on(const SumsPlan& plan, unsigned char* shared) {
+  if (!Layout::kChoosing) return __ldcg(plan.any_unfinished) == Unfinished::kAll;
+  int* const sum = reinterpret_cast<int*>(shared + Layout::kItems);
+  if (threadIdx.x == 0) *sum = 0;
+  __syncthreads();
+  int gain = 0;
+  for (int i = threadIdx.x; i < plan.num_gains; i += Layout::kThreads) gain += __ldcg(&plan.gain[i]);
+  gain = __reduce_add_sync(~0u, gain);
+  if (threadIdx.x % 32 == 0) atomicAdd(sum, gain);
+  __syncthreads();
+  const bool pays = *sum >= 0;
+  if (!pays && blockIdx.x == 0 && threadIdx.x == 0) plan.any_unfinished[0] = Unfinished::kAll;
+  __syncthreads();
+  return pays;
+}
+
 template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow, bool kChoosing>
 __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kChoosing>::kThreads, 1)
     banded_attention_fwd_sm90(const __grid_constant__ BandedAttentionFwdParams p,
@@ -633,6 +669,7 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kChoosing>:
     if (plan.zeroed != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *plan.zeroed = 0;
     ptx::launch_dependents();
   }
+  if (!kWindow && plan.sums.trial == Trial::kFollowed && !goes_on<Layout>(plan.sums, shared)) return;
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == Layout::kConsumers) {
@@ -649,9 +686,21 @@ __global__ void __launch_bounds__(BandedLayout<kDimQK, kDimV, kKeys, kChoosing>:
   }
 }
 
+// Of a key tile, in compressed attention that does not choose.
+template <int kDimQK>
+constexpr int kCompressedKeys = kDimQK <= 128 ? 80 : 128;
+
+// What is particular to a launch.
+struct BandedLaunch {
+  Begin begin = Begin::kOnTime;
+  int* zeroed = nullptr;
+  SumsPlan sums = {};
+  int64_t first_item = 0, end_item = INT64_MAX;
+};
+
 template <typename T, int kDimQK, int kDimV, int kKeys, bool kWindow, bool kChoosing = false>
-bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status, Begin begin,
-                   int* zeroed, const SumsPlan& sums = {}) {
+bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Status* status,
+                   const BandedLaunch& of) {
   using Layout = BandedLayout<kDimQK, kDimV, kKeys, kChoosing>;
   const int heads = p.shape.num_heads_kv;
   BandedPlan plan;
@@ -673,11 +722,14 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
   plan.num_tiles = static_cast<int>(num_tiles);
   plan.visible = {static_cast<int>(p.keys.block), static_cast<int>(p.keys.stride),
                   static_cast<int>(min64(p.window, kMax))};
-  plan.early = begin == Begin::kEarly;
-  plan.zeroed = zeroed;
-  plan.sums = sums;
+  plan.first_item = static_cast<int>(of.first_item);
+  plan.end_item = static_cast<int>(min64(num_tiles * heads, of.end_item));
+  plan.early = of.begin == Begin::kEarly;
+  plan.zeroed = of.zeroed;
+  plan.sums = of.sums;
   plan.scale = static_cast<float>(p.softmax_scale) * kLog2e;
-  const int64_t blocks = min64(num_tiles * heads, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t blocks =
+      min64(plan.end_item - plan.first_item, device_attribute(cudaDevAttrMultiProcessorCount));
   *status = launch_chained(
       "banded_attention_fwd_sm90", banded_attention_fwd_sm90<T, kDimQK, kDimV, kKeys, kWindow, kChoosing>,
       dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
@@ -693,32 +745,34 @@ struct SumsWorkspace {
   explicit SumsWorkspace(const SelectBlocksParams& p)
       : warps(kSumsWarps * min64(kMaxBlocks, num_sequence_tiles(p.scoring.seqs, kSumsWarps) *
                                                  p.scoring.shape.num_heads_kv)),
-        tiles(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys)),
+        tiles(round_up(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys) + 1,
+                       kSumsPerLines)),
         pitch(round_up(max64(p.scoring.num_blocks, 1), kBlockSums)),
         rows(p.scoring.seqs.total_q * p.scoring.shape.num_heads_kv) {}
   int64_t record_bytes() const { return warps * tiles * static_cast<int64_t>(sizeof(SumsRecord)); }
   int64_t key_bytes() const { return warps * pitch * static_cast<int64_t>(sizeof(int)); }
   int64_t unfinished() const { return record_bytes() + key_bytes(); }
   int64_t any_unfinished() const { return unfinished() + round_up(rows, 16); }
-  int64_t bytes() const { return any_unfinished() + warps * static_cast<int64_t>(sizeof(int)); }
+  int64_t gain() const { return any_unfinished() + warps * static_cast<int64_t>(sizeof(int)); }
+  int64_t bytes() const { return gain() + warps * static_cast<int64_t>(sizeof(int)); }
 };
 
-// Queries at shorter positions, in the mean, find it faster to make scores again.
-constexpr int64_t kMinChoosingPosition = 16384;
-// Longer ones are neither measured nor tested.
-constexpr int64_t kMaxChoosingLength = 131072;
+// Shorter sequences find it faster to make scores again: those with items for a trial, and those of fewer
+// queries, who wait for one item of each thread block.
+constexpr int64_t kMinTrialLength = 32768, kMinChoosingLength = 16384;
 
 bool chooses_blocks(const BandedAttentionFwdParams& p, const SelectBlocksParams& select) {
   const SequenceBatch& seqs = p.seqs;
   const KeyBlocks keys = select.scoring.keys;
-  return seqs.cu_seqlens_q == nullptr && seqs.max_seqlen_k - seqs.total_q / 2 >= kMinChoosingPosition &&
-         seqs.max_seqlen_k <= kMaxChoosingLength && keys.block == 32 && keys.stride == 16 &&
-         select.scoring.block_size == 64 && p.shape.group() == kSumsGroup && p.shape.head_dim_qk == 128 &&
-         p.shape.head_dim_v == 128 && select.num_selected_blocks <= kMaxLaneChoice &&
-         select.num_local_blocks >= 1 && seqs.key_rows >= keys.count(seqs.max_seqlen_k) &&
-         p.k.stride_row <= INT32_MAX / 2 &&
-         device_attribute(cudaDevAttrMultiProcessorCount) <= SumsWorkspace::kMaxBlocks &&
-         SumsWorkspace(select).record_bytes() <= UINT32_MAX;
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const bool has_trial = num_sequence_tiles(seqs, kSumsWarps) * p.shape.num_heads_kv > blocks;
+  return seqs.cu_seqlens_q == nullptr &&
+         seqs.max_seqlen_k >= (has_trial ? kMinTrialLength : kMinChoosingLength) && keys.block == 32 &&
+         keys.stride == 16 && select.scoring.block_size == 64 && p.shape.group() == kSumsGroup &&
+         p.shape.head_dim_qk == 128 && p.shape.head_dim_v == 128 &&
+         select.num_selected_blocks <= kMaxLaneChoice && select.num_local_blocks >= 1 &&
+         seqs.key_rows >= keys.count(seqs.max_seqlen_k) && p.k.stride_row <= INT32_MAX / 2 &&
+         blocks <= SumsWorkspace::kMaxBlocks && SumsWorkspace(select).record_bytes() <= UINT32_MAX;
 }
 
 }  // namespace
@@ -728,27 +782,38 @@ bool compressed_selection_forward(const BandedAttentionFwdParams& p, const Selec
   if (!chooses_blocks(p, select)) return false;
   const SumsWorkspace parts(select);
   char* const begin = static_cast<char*>(workspace);
-  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
-  const SumsPlan sums{begin,
-                      reinterpret_cast<int*>(begin + parts.record_bytes()),
-                      reinterpret_cast<uint8_t*>(begin + parts.unfinished()),
-                      reinterpret_cast<int*>(begin + parts.any_unfinished()),
-                      select.block_indices,
-                      static_cast<int>(parts.tiles),
-                      static_cast<int>(parts.pitch),
-                      static_cast<int>(select.scoring.num_blocks),
-                      {select.num_selected_blocks, select.num_initial_blocks, select.num_local_blocks}};
+  const int64_t num_items = num_sequence_tiles(p.seqs, kSumsWarps) * p.shape.num_heads_kv;
+  const int64_t blocks = min64(num_items, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int num_warps = static_cast<int>(blocks) * kSumsWarps;
+  BandedLaunch of;
+  of.sums = {Trial::kMade,
+             begin,
+             reinterpret_cast<int*>(begin + parts.record_bytes()),
+             reinterpret_cast<uint8_t*>(begin + parts.unfinished()),
+             reinterpret_cast<int*>(begin + parts.any_unfinished()),
+             reinterpret_cast<int*>(begin + parts.gain()),
+             num_warps,
+             select.block_indices,
+             static_cast<int>(parts.tiles),
+             static_cast<int>(parts.pitch),
+             static_cast<int>(select.scoring.num_blocks),
+             {select.num_selected_blocks, select.num_initial_blocks, select.num_local_blocks}};
+  of.zeroed = zeroed;
+  of.end_item = blocks;
   const bool launched = dispatch_kernels(p.dtype, 128, 128, [&]<typename T, int kDimQK, int kDimV>() {
     if constexpr (kDimQK == 128 && kDimV == 128) {
-      return launch_banded<T, kDimQK, kDimV, kSumKeys, false, true>(p, stream, status, Begin::kOnTime, zeroed,
-                                                                    sums);
+      if (!launch_banded<T, 128, 128, kSumKeys, false, true>(p, stream, status, of)) return false;
+      if (num_items == blocks || !status->ok()) return true;
+      of = {Begin::kOnTime, nullptr, of.sums, blocks};
+      of.sums.trial = Trial::kFollowed;
+      launch_banded<T, 128, 128, kSumKeys, false, true>(p, stream, status, of);
+      if (status->ok()) launch_banded<T, 128, 128, kCompressedKeys<128>, false>(p, stream, status, of);
+      return true;
     }
     return false;
   });
   if (!launched || !status->ok()) return launched;
-  const int64_t tiles = num_sequence_tiles(p.seqs, kSumsWarps) * p.shape.num_heads_kv;
-  const Unfinished unfinished{sums.unfinished, sums.any_unfinished,
-                              static_cast<int>(min64(tiles, blocks) * kSumsWarps)};
+  const Unfinished unfinished{of.sums.unfinished, of.sums.any_unfinished, num_warps};
   return select_blocks(select, stream, status, Begin::kOnTime, unfinished);
 }
 
@@ -762,9 +827,9 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
                           [&]<typename T, int kDimQK, int kDimV>() {
                             if (p.window > 0)
                               return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 176 : 128), true>(
-                                  p, stream, status, begin, nullptr);
-                            return launch_banded<T, kDimQK, kDimV, (kDimQK <= 128 ? 80 : 128), false>(
-                                p, stream, status, begin, zeroed);
+                                  p, stream, status, {begin});
+                            return launch_banded<T, kDimQK, kDimV, kCompressedKeys<kDimQK>, false>(
+                                p, stream, status, {begin, zeroed});
                           });
 }
 

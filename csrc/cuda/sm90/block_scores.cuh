@@ -87,7 +87,7 @@ __device__ __forceinline__ ScoresItem scores_item(const ScoresTask& task, int in
 
 // Whether there is anything to do for an item.
 __device__ __forceinline__ bool is_unfinished(const ScoresTask& task, const ScoresItem& item) {
-  if (task.unfinished.rows == nullptr) return true;
+  if (task.unfinished.rows == nullptr || task.unfinished.any[0] == Unfinished::kAll) return true;
   const int64_t heads = task.params.shape.num_heads_kv;
   const uint8_t* row = task.unfinished.rows + (item.tile.seq.q_begin + item.tile.begin) * heads + item.head;
   int any = 0;

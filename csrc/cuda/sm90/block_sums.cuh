@@ -10,6 +10,9 @@
 // which certainly are not, and which may be. The few that may be get their scores in fp32, from Q in shared
 // memory and keys in the L2 cache. Where they are not few (equal scores), the token is left to
 // select_blocks_sm90.
+//
+// How many they are depends on the data, and with them whether all this is faster than to make all scores
+// again. The first items of a call are a trial that tells.
 #pragma once
 
 #include <type_traits>
@@ -40,11 +43,15 @@ __device__ __forceinline__ int sum_keys_seen(int position) {
 }
 
 // Of a key tile, in fp16 and 2^kSumsShift times as large: the sums, as the product leaves them in lanes, and
-// of the last key, which reaches into the next block, the probabilities of heads h and h + 8 together.
+// of the last key of the tile before it, which reaches into its first block, the probabilities of heads h and
+// h + 8 together.
 struct SumsRecord {
   uint4 sums[32];
-  uint2 last[4];
+  uint2 before[4];
 };
+constexpr int kSumsLine = 128;    // of the L2 cache
+constexpr int kSumsPerLines = 4;  // records that fill whole ones
+static_assert(kSumsPerLines * sizeof(SumsRecord) % kSumsLine == 0);
 
 // What the sums of a token are relative to, in shared memory. Maxima grow seldom, and records are written
 // from the newest key tile to the oldest: epoch e begins with the record of key tile first[e] and has the
@@ -71,12 +78,19 @@ __device__ __forceinline__ void begin_epoch(SumsEpochs& epochs, int key_tile, co
   if (lane == 0) epochs.count = min(count, kMaxEpochs) + 1;
 }
 
+// What a launch does for the trial: the first one, with an item per thread block, makes it. Of the two that
+// follow with all other items, one that chooses and one that does not, only one does anything.
+enum class Trial { kNone, kMade, kFollowed };
+
 // Where the sums and scores of a launch lie.
 struct SumsPlan {
+  Trial trial;
   char* records;        // SumsRecord [warp of the grid][max_tiles], below 4 GB
   int* keys;            // [warp of the grid][pitch]: scores of a token, as score_key
   uint8_t* unfinished;  // [T, Hkv]: whether the choice is left to another kernel
-  int* any_unfinished;  // [warp of the grid]: whether any of its tokens is
+  int* any_unfinished;  // [warp of the grid]: whether any of its tokens is, or Unfinished::kAll in the first
+  int* gain;            // [num_gains], of the trial: gain_of_choice of the token of each warp of the grid
+  int num_gains;
   int32_t* block_indices;
   int max_tiles, pitch, num_blocks;
   ChoiceCounts counts;
@@ -120,7 +134,8 @@ __device__ __forceinline__ void fill_overlap_weights(unsigned char* weights, int
   ptx::async_proxy_fence();
 }
 
-// One warp: keeps the sums of a key tile. last: the fragment of the probabilities of its last keys.
+// One warp: keeps the sums of a key tile, and in the next record what reaches into the next tile. last: the
+// fragment of the probabilities of its last keys.
 template <typename T>
 __device__ __forceinline__ void keep_sums(SumsRecord* record, const float* sums, const uint32_t (&last)[4],
                                           int lane) {
@@ -129,7 +144,7 @@ __device__ __forceinline__ void keep_sums(SumsRecord* record, const float* sums,
                     ptx::pack2<__half>(sums[4], sums[5]), ptx::pack2<__half>(sums[6], sums[7])));
   if ((lane & 3) == 3) {
     const float2 end = ptx::unpack2<T>(__byte_perm(last[2], last[3], 0x7632));
-    __stcg(reinterpret_cast<uint32_t*>(record->last) + lane / 4,
+    __stcg(reinterpret_cast<uint32_t*>(record[1].before) + lane / 4,
            ptx::pack2<__half>(end.x * (1 << kSumsShift), end.y * (1 << kSumsShift)));
   }
 }
@@ -165,43 +180,49 @@ struct HeadWeights {
   }
 };
 
+// One warp: groups of records are read to their end, and what lies behind the newest key tile must be
+// numbers.
+__device__ __forceinline__ void clear_records_behind(SumsRecord* record, int key_tile, int lane) {
+#pragma unroll 1
+  for (int i = 1; (key_tile + i) % kSumsPerLines != 0; ++i)
+    __stcg(&record[i].sums[lane], make_uint4(0, 0, 0, 0));
+}
+
 // Records on their way to the registers of a warp, from the oldest key tile to the newest, in groups.
 struct SumsReader {
-  static constexpr int kTiles = 4, kGroups = 3;  // key tiles of a group, groups at a time
-  static constexpr int kEarly = 2;               // groups that the constructor loads
+  static constexpr int kTiles = 4, kGroups = 2;  // key tiles of a group, groups on their way
+  static constexpr uint32_t kGroupBytes = kTiles * sizeof(SumsRecord);
+  static_assert(kTiles == kSumsPerLines);
   const SumsRecord* records;
   int tiles, lane;
   uint4 sums[kGroups][kTiles];
-  uint2 last[kGroups];  // in lanes of row i: of the tile in front of that number i
+  uint2 before[kGroups];  // in lanes of row i: of tile i
 
   // Records that hold sums of blocks below `end`.
   __device__ __forceinline__ SumsReader(const SumsRecord* records, int end, int lane)
       : records(records), tiles(max(end + kBlockSums - 1, kBlockSums) / kBlockSums), lane(lane) {
 #pragma unroll
-    for (int slot = 0; slot < kEarly; ++slot) load(slot, slot * kTiles);
-  }
-  // Short code, which is run cold, instead of slots in turn.
-  __device__ __forceinline__ void next(int front) {
-#pragma unroll
-    for (int slot = 0; slot + 1 < kGroups; ++slot) {
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) sums[slot][i] = sums[slot + 1][i];
-      last[slot] = last[slot + 1];
-    }
-    load(kGroups - 1, front);
-  }
-  __device__ __forceinline__ void load_rest() {
-#pragma unroll
-    for (int slot = kEarly; slot < kGroups; ++slot) load(slot, slot * kTiles);
+    for (int slot = 0; slot < kGroups; ++slot) load(slot, slot);
   }
   // Always loads, if twice: else the compiler would keep registers for what was there before.
-  __device__ __forceinline__ void load(int slot, int front) {
-    const int row = lane / 4;
+  __device__ __forceinline__ void load(int slot, int group) {
+    const char* const begin = reinterpret_cast<const char*>(records) +
+                              static_cast<uint32_t>(min(group, (tiles - 1) / kTiles)) * kGroupBytes;
+    const SumsRecord* const first = reinterpret_cast<const SumsRecord*>(begin);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) sums[slot][i] = __ldcg(&records[min(front + i, tiles - 1)].sums[lane]);
-    last[slot] = __ldcg(&records[max(min(front + min(row, kTiles), tiles) - 1, 0)].last[lane & 3]);
+    for (int i = 0; i < kTiles; ++i) sums[slot][i] = __ldcg(&first[i].sums[lane]);
+    before[slot] = __ldcg(&first[min(lane / 4, kTiles - 1)].before[lane & 3]);
   }
 };
+
+// One warp: they have been read for the last time, and would be written to memory when the L2 cache needs
+// room.
+__device__ __forceinline__ void discard_records(const SumsRecord* records, int count, int lane) {
+  char* const begin = reinterpret_cast<char*>(const_cast<SumsRecord*>(records));
+  const int bytes = (count + 1) * static_cast<int>(sizeof(SumsRecord));
+#pragma unroll 1
+  for (int i = lane * kSumsLine; i < bytes; i += 32 * kSumsLine) ptx::discard(begin + i);
+}
 
 // One warp: scores of selection blocks below `end` from the records of its token, as keys (-1: below
 // `begin`). Returns this lane's maximum, over one of 32 disjoint parts.
@@ -214,20 +235,19 @@ __device__ __forceinline__ int score_blocks(SumsReader& reader, const SumsEpochs
   const int tiles = reader.tiles, lane = reader.lane, row = lane / 4, column = lane & 3;
   int high = -1, epoch = epochs.count - 1, oldest = 0, newest = epochs.first[epoch];
   HeadWeights weights(epochs, epoch, lane);
-#pragma unroll 1
-  for (int front = 0; front < tiles; front += kTiles) {
+  const auto score_group = [&](int front, int slot) {
     uint32_t of_tile[kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint4& x = reader.sums[0][i];
+      const uint4& x = reader.sums[slot][i];
       of_tile[i][0] = ptx::transpose_matrix(x.x);
       of_tile[i][1] = ptx::transpose_matrix(x.z);
       of_tile[i][2] = ptx::transpose_matrix(x.y);
       of_tile[i][3] = ptx::transpose_matrix(x.w);
     }
-    const uint32_t both[2] = {__byte_perm(reader.last[0].x, reader.last[0].y, 0x5410),
-                              __byte_perm(reader.last[0].x, reader.last[0].y, 0x7632)};
-    reader.next(front + kGroups * kTiles);
+    const uint32_t both[2] = {__byte_perm(reader.before[slot].x, reader.before[slot].y, 0x5410),
+                              __byte_perm(reader.before[slot].x, reader.before[slot].y, 0x7632)};
+    reader.load(slot, front / kTiles + kGroups);
     float acc[2][4] = {}, reaching[4] = {};
 #pragma unroll 1
     while (true) {
@@ -256,6 +276,13 @@ __device__ __forceinline__ int score_blocks(SumsReader& reader, const SumsEpochs
       const int key = block >= begin && block < end ? score_key(score * kUnit) : -1;
       if (front + column < tiles) keys[block] = key;
       high = max(high, key);
+    }
+  };
+#pragma unroll 1
+  for (int front = 0; front < tiles; front += kGroups * kTiles) {
+#pragma unroll
+    for (int slot = 0; slot < kGroups; ++slot) {
+      if (slot == 0 || front + slot * kTiles < tiles) score_group(front + slot * kTiles, slot);
     }
   }
   __syncwarp();
@@ -334,7 +361,40 @@ __device__ __forceinline__ void score_exactly(const TokenScores& token, const fl
   __syncwarp();
 }
 
-constexpr int kMaxUnsure = kMaxRanked;  // blocks of a token that get exact scores
+// One warp: keys of a row on their way, before the bound is known.
+struct KeysReader {
+  static constexpr int kAhead = 8, kAtOnce = 2;  // chunks on their way, and dealt with at once: short code
+  const float* row;
+  int padded_end, lane;  // a multiple of 4
+  int4 chunks[kAhead];
+
+  __device__ __forceinline__ KeysReader(const float* row, int padded_end, int lane)
+      : row(row), padded_end(padded_end), lane(lane) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) chunks[i] = load(i * kChunk);
+  }
+  __device__ __forceinline__ int4 load(int chunk) const {
+    const int i = chunk + 4 * lane;
+    return i < padded_end ? *reinterpret_cast<const int4*>(row + i) : make_int4(-1, -1, -1, -1);
+  }
+  // Keeps what reaches the bound, in order, as far as there is room. Returns how many do.
+  __device__ __forceinline__ int compact(int bound, Candidates& kept) {
+    const unsigned lower_lanes = (1u << lane) - 1;
+    int held = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < padded_end; begin += kAtOnce * kChunk) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        keep_reaching(chunks[i], begin + i * kChunk, bound, kept.key, kept.index, held, lower_lanes, lane);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        chunks[i] = i + kAtOnce < kAhead ? chunks[i + kAtOnce] : load(begin + (i + kAtOnce) * kChunk);
+      }
+    }
+    __syncwarp();
+    return held;
+  }
+};
 
 // Of 64 keys, two a lane, in the order of their blocks: how many are ahead of each.
 __device__ __forceinline__ void rank_keys(const int (&key)[2], int (&rank)[2], int lane) {
@@ -347,29 +407,38 @@ __device__ __forceinline__ void rank_keys(const int (&key)[2], int (&rank)[2], i
   }
 }
 
-// One warp: writes the k best of the scores [rows.begin, rows.end) in order, given this lane's maximum; false
-// where that is left to who makes exact scores of all.
+constexpr int kLeftOver = 1024;  // instead of a number of exact scores
+
+// What it gains to choose the blocks of one of the last tokens here, in units of some 140 cycles of its warp,
+// as measured with logits of standard deviations 0.15 to 2 at 32,768 to 131,072 tokens. A token that is left
+// over costs as much as 40 exact scores, and so do those that select_blocks_sm90 has in an item with it, up
+// to 16.
+__device__ __forceinline__ int gain_of_choice(int key_tiles, int exact_scores) {
+  return 3 * key_tiles - 60 - 8 * min(exact_scores, 16 * 40);
+}
+
+// One warp: writes the k best of the scores [rows.begin, rows.end) in order, given this lane's maximum.
+// Returns how many got exact scores, or kLeftOver where the choice is left to who makes them of all.
 template <typename T, typename FindToken>
-__device__ __forceinline__ bool choose_best_of_sums(const ScoreRows<1>& rows, int padded_end, int high, int k,
-                                                    int32_t* out, Candidates& kept, const float* lse,
-                                                    const FindToken& find_token, int lane) {
+__device__ __forceinline__ int choose_best_of_sums(const ScoreRows<1>& rows, int padded_end, int high, int k,
+                                                   int32_t* out, Candidates& kept, const float* lse,
+                                                   const FindToken& find_token, int lane) {
   const auto as_key = [](float score) { return score_key(fmaxf(score, 0.f)); };
-  int bound[1] = {high}, held[1];
+  KeysReader reader(rows.scores, padded_end, lane);
+  int bound[1] = {high};
   find_bounds(bound, k, lane);
-  bound[0] = as_key(may_beat<T>(__int_as_float(bound[0])));
-  compact_keys<1>(rows, padded_end, bound, kept, held, lane);
-  if (held[0] > kMaxRanked) return false;
+  const int held = reader.compact(as_key(may_beat<T>(__int_as_float(bound[0]))), kept);
+  if (held > kMaxRanked) return kLeftOver;
   int key[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) key[i] = lane + 32 * i < held[0] ? kept.key[lane + 32 * i] : -1;
-  const int index[2] = {lane < held[0] ? kept.index[lane] : -1,
-                        lane + 32 < held[0] ? kept.index[lane + 32] : -1};
+  for (int i = 0; i < 2; ++i) key[i] = lane + 32 * i < held ? kept.key[lane + 32 * i] : -1;
+  const int index[2] = {lane < held ? kept.index[lane] : -1, lane + 32 < held ? kept.index[lane + 32] : -1};
   __syncwarp();
   constexpr int kInfinity = 0x7f800000;  // or NaN: no bound holds for these
-  if (__any_sync(~0u, key[0] >= kInfinity || key[1] >= kInfinity)) return false;
+  if (__any_sync(~0u, key[0] >= kInfinity || key[1] >= kInfinity)) return kLeftOver;
   // The k-th best, and the next: -1 where there is none.
   int last, next;
-  if (held[0] <= 32) {
+  if (held <= 32) {
     int sorted[1] = {key[0]};
     sort_lanes(sorted, lane);
     last = __shfl_sync(~0u, sorted[0], k - 1), next = __shfl_sync(~0u, sorted[0], k);
@@ -397,7 +466,6 @@ __device__ __forceinline__ bool choose_best_of_sums(const ScoreRows<1>& rows, in
     left -= __popc(__ballot_sync(~0u, chosen[i]));
   }
   if (left > 0) {
-    if (unsure > kMaxUnsure) return false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (place[i] >= 0) kept.index[place[i]] = index[i];
@@ -415,6 +483,7 @@ __device__ __forceinline__ bool choose_best_of_sums(const ScoreRows<1>& rows, in
     chosen[0] = place[0] >= 0 ? before[0] < left : chosen[0];
     chosen[1] = place[1] >= 0 ? before[1] < left : chosen[1];
   }
+  const int exact_scores = left > 0 ? unsure : 0;
   int written = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -422,7 +491,7 @@ __device__ __forceinline__ bool choose_best_of_sums(const ScoreRows<1>& rows, in
     if (chosen[i]) out[written + __popc(mask & lower_lanes)] = index[i];
     written += __popc(mask);
   }
-  return true;
+  return exact_scores;
 }
 
 // The last selection block of a query.
@@ -431,27 +500,28 @@ __device__ __forceinline__ int own_block(const SumsPlan& plan, int position) {
 }
 
 // One warp: the choice of the token at this position, whose records, up to its first local block, are on
-// their way. warp: of the grid. row: of block_indices. find_token() -> TokenScores. False where it is left to
-// another kernel.
+// their way. warp: of the grid. row: of block_indices. find_token() -> TokenScores. Returns what
+// choose_best_of_sums does.
 template <typename T, typename FindToken>
-__device__ __forceinline__ bool choose_from_sums(const SumsPlan& plan, SumsReader& reader, SumsEpochs& epochs,
-                                                 Candidates& kept, int warp, int64_t row, int position,
-                                                 const FindToken& find_token) {
+__device__ __forceinline__ int choose_from_sums(const SumsPlan& plan, SumsReader& reader, SumsEpochs& epochs,
+                                                Candidates& kept, int warp, int64_t row, int position,
+                                                const FindToken& find_token) {
   const int own = own_block(plan, position), n = plan.counts.num_selected, lane = reader.lane;
   int* const keys = plan.keys + warp * plan.pitch;
-  bool done = true;
+  int exact_scores = 0;
   choose_blocks<1>(
       reinterpret_cast<const float*>(keys), plan.pitch, own, plan.counts, plan.block_indices + row * n, n,
       kept, lane, [&](const ScoreRows<1>& scores, int k, int32_t* chosen) {
-        done = epochs.count <= kMaxEpochs;
-        if (!done) return;
+        exact_scores = kLeftOver;
+        if (epochs.count > kMaxEpochs) return;
         const int high = score_blocks(reader, epochs, keys, scores.begin, scores.end);
+        discard_records(reader.records, epochs.first[0] + 1, lane);
         const int padded_end = (scores.end + kBlockSums - 1) / kBlockSums * kBlockSums;
-        done =
+        exact_scores =
             choose_best_of_sums<T>(scores, padded_end, high, k, chosen, kept, epochs.lse, find_token, lane);
       });
   __syncwarp();
-  return done;
+  return exact_scores;
 }
 
 }  // namespace nsa::cuda::sm90

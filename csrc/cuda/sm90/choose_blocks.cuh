@@ -302,12 +302,46 @@ __device__ __forceinline__ void write_above_zero(const ScoreRows<kRows>& rows, i
 
 constexpr int kNoRow = 0x7fffffff;  // no bound is as large, but the key of a NaN
 
+// Keeps those of four keys a lane, of a chunk, that reach the bound, in order, as far as there is room.
+__device__ __forceinline__ void keep_reaching(int4 four, int chunk, int bound, int* keys, int* indices,
+                                              int& held, unsigned lower_lanes, int lane) {
+  const int key[4] = {four.x, four.y, four.z, four.w};
+  bool reaches[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) reaches[e] = key[e] >= bound;
+  const bool left = reaches[0] || reaches[1], right = reaches[2] || reaches[3];
+  const unsigned lanes = __ballot_sync(~0u, left || right);
+  if (lanes == 0) return;
+  int at = held;
+  // Usually no lane has more than one.
+  if (!__any_sync(~0u, (reaches[0] && reaches[1]) || (reaches[2] && reaches[3]) || (left && right))) {
+    at += __popc(lanes & lower_lanes);
+    held += __popc(lanes);
+    if ((left || right) && at < kMaxRanked) {
+      keys[at] = left ? (reaches[0] ? key[0] : key[1]) : (reaches[2] ? key[2] : key[3]);
+      indices[at] = chunk + 4 * lane + (left ? (reaches[0] ? 0 : 1) : (reaches[2] ? 2 : 3));
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const unsigned reach = __ballot_sync(~0u, reaches[e]);
+    at += __popc(reach & lower_lanes);
+    held += __popc(reach);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (reaches[e] && at < kMaxRanked) keys[at] = key[e], indices[at] = chunk + 4 * lane + e;
+    at += reaches[e];
+  }
+}
+
 // compact for rows that hold keys, up to padded_end, a multiple of 4, where no candidate is -1.
 template <int kRows>
 __device__ __forceinline__ void compact_keys(const ScoreRows<kRows>& rows, int padded_end,
                                              const int (&bound)[kRows], Candidates& kept, int (&held)[kRows],
                                              int lane) {
-  constexpr int kAhead = kRows == 1 ? 4 : 2;  // chunks on their way
+  constexpr int kAhead = 2;  // chunks on their way
   int4 chunks[kAhead][kRows];
   const auto load = [&](int slot, int chunk) {
     const int i = chunk + 4 * lane;
@@ -322,58 +356,19 @@ __device__ __forceinline__ void compact_keys(const ScoreRows<kRows>& rows, int p
   const unsigned lower_lanes = (1u << lane) - 1;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) held[r] = 0;
-  const auto keep_candidates = [&](int r, int4 four, int chunk) {
-    const int key[4] = {four.x, four.y, four.z, four.w};
-    int* const keys = kept.key + r * kMaxRanked;
-    int* const indices = kept.index + r * kMaxRanked;
-    bool reaches[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) reaches[e] = key[e] >= bound[r];
-    const bool left = reaches[0] || reaches[1], right = reaches[2] || reaches[3];
-    const unsigned lanes = __ballot_sync(~0u, left || right);
-    if (lanes == 0) return;
-    int at = held[r];
-    // Usually no lane has more than one.
-    if (!__any_sync(~0u, (reaches[0] && reaches[1]) || (reaches[2] && reaches[3]) || (left && right))) {
-      at += __popc(lanes & lower_lanes);
-      held[r] += __popc(lanes);
-      if ((left || right) && at < kMaxRanked) {
-        keys[at] = left ? (reaches[0] ? key[0] : key[1]) : (reaches[2] ? key[2] : key[3]);
-        indices[at] = chunk + 4 * lane + (left ? (reaches[0] ? 0 : 1) : (reaches[2] ? 2 : 3));
-      }
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const unsigned reach = __ballot_sync(~0u, reaches[e]);
-      at += __popc(reach & lower_lanes);
-      held[r] += __popc(reach);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (reaches[e] && at < kMaxRanked) keys[at] = key[e], indices[at] = chunk + 4 * lane + e;
-      at += reaches[e];
-    }
-  };
-  if constexpr (kRows == 1) {
-    // Short code, which is run cold.
 #pragma unroll 1
-    for (int chunk = 0; chunk < padded_end; chunk += kChunk) {
-      keep_candidates(0, chunks[0][0], chunk);
+  for (int begin = 0; begin < padded_end; begin += kAhead * kChunk) {
 #pragma unroll
-      for (int slot = 0; slot + 1 < kAhead; ++slot) chunks[slot][0] = chunks[slot + 1][0];
-      load(kAhead - 1, chunk + kAhead * kChunk);
-    }
-  } else {
-#pragma unroll 1
-    for (int begin = 0; begin < padded_end; begin += kAhead * kChunk) {
+    for (int slot = 0; slot < kAhead; ++slot) {
+      const int chunk = begin + slot * kChunk;
 #pragma unroll
-      for (int slot = 0; slot < kAhead; ++slot) {
-        const int chunk = begin + slot * kChunk;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) keep_candidates(r, chunks[slot][r], chunk);
-        load(slot, chunk + kAhead * kChunk);
+      for (int r = 0; r < kRows; ++r) {
+        int n = held[r];
+        keep_reaching(chunks[slot][r], chunk, bound[r], kept.key + r * kMaxRanked,
+                      kept.index + r * kMaxRanked, n, lower_lanes, lane);
+        held[r] = n;
       }
+      load(slot, chunk + kAhead * kChunk);
     }
   }
   __syncwarp();

@@ -31,8 +31,9 @@ bool compressed_selection_forward(const BandedAttentionFwdParams& p, const Selec
 int64_t compressed_selection_workspace(const BandedAttentionFwdParams& p, const SelectBlocksParams& select);
 // What is left of a choice: all where rows is null.
 struct Unfinished {
+  static constexpr int kAll = 2;
   const uint8_t* rows = nullptr;  // [T, Hkv]: whether it is left
-  const int* any = nullptr;       // [num_any]: all zero where none is
+  const int* any = nullptr;       // [num_any]: all zero where none is; the first one kAll where all rows are
   int num_any = 0;
 };
 bool block_scores(const BlockScoresParams& p, const Stream& stream, Status* status);

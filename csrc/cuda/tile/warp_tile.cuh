@@ -186,14 +186,20 @@ __device__ __forceinline__ uint4 gather_columns(const float (&out)[kOut][4], int
   return make_uint4(item[0], item[1], item[2], item[3]);
 }
 
-// The whole row; row may be null (nothing is stored).
-template <typename T, int kOut>
+// The whole row; row may be null (nothing is stored). kStreaming: it is not wanted in the caches.
+template <typename T, bool kStreaming = false, int kOut>
 __device__ __forceinline__ void store_row(T* row, const float (&out)[kOut][4], int half, float factor,
                                           int lane) {
 #pragma unroll
   for (int group = 0; group < kOut / 4; ++group) {
     const uint4 value = gather_columns<T>(out, group, half, factor, lane);
-    if (row != nullptr) *reinterpret_cast<uint4*>(row + 32 * group + 8 * (lane & 3)) = value;
+    if (row == nullptr) continue;
+    uint4* const target = reinterpret_cast<uint4*>(row + 32 * group + 8 * (lane & 3));
+    if constexpr (kStreaming) {
+      __stcs(target, value);
+    } else {
+      *target = value;
+    }
   }
 }
 

@@ -361,6 +361,9 @@ TEST_CASE("Hopper compressed attention that chooses blocks", "[sm90][scores][cho
   check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {4, 0, 4});
   check_choosing_attention<__half>(500, 17000, 1, {17, 0, 1});
   check_choosing_attention<__nv_bfloat16>(12, 17000, 1, {16, 1, 2}, 0, true);  // ties
+  // More than an item for each thread block: the choice goes on behind the trial, and does not.
+  check_choosing_attention<__half>(1610, 40000, 1, {16, 1, 2});
+  check_choosing_attention<__nv_bfloat16>(1610, 33000, 1, {16, 1, 2}, 0, true);
 }
 
 // The largest error of rounding to nearest, of all numbers in an octave.
@@ -403,7 +406,11 @@ TEST_CASE("Hopper compressed attention leaves the choice where it would lose", "
   };
   CHECK(bytes(32768, 32768, 16, 16, 2, false) > 0);
   CHECK(bytes(32000, 32000, 16, 16, 2, false) == 0);
-  CHECK(bytes(132000, 132000, 16, 16, 2, false) == 0);
+  CHECK(bytes(396, 17000, 16, 16, 2, false) > 0);
+  CHECK(bytes(1600, 32000, 16, 16, 2, false) == 0);
+  CHECK(bytes(1600, 33000, 16, 16, 2, false) > 0);
+  CHECK(bytes(266240, 266240, 16, 16, 2, false) > 0);
+  CHECK(bytes(1 << 23, 1 << 23, 16, 16, 2, false) == 0);  // more than 4 GB
   CHECK(bytes(32768, 32768, 8, 16, 2, false) == 0);
   CHECK(bytes(32768, 32768, 16, 32, 2, false) == 0);
   CHECK(bytes(32768, 32768, 16, 16, 0, false) == 0);
