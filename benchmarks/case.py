@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 SMOOTH_RHO = 0.98  # of the AR(1) process over tokens
+FLAT_SCALE = 0.3
+DATA = ("random", "smooth", "flat")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Case:
         return 1 / math.sqrt(self.shape.head_dim_qk)
 
     def generator(self) -> Callable[..., Tensor]:
-        """make(rows, *dims, spacing=1): unit-variance normal tensors, the same ones for every implementation.
+        """make(rows, *dims, spacing=1): normal tensors, the same ones for every implementation, and of unit
+        variance but for "flat".
 
         data = "random" draws every element on its own; "smooth" is an AR(1) process over rows that lie
-        `spacing` tokens apart.
+        `spacing` tokens apart; "flat" is random with a standard deviation of FLAT_SCALE, so that logits are
+        small, and scores nearly equal, as in a model at the beginning of its training.
         """
         source = torch.Generator(self.device).manual_seed(self.seed)
 
@@ -63,6 +67,8 @@ class Case:
             x = torch.randn(rows, *dims, generator=source, device=self.device)
             if self.data == "smooth":
                 x = _autoregressive(x, SMOOTH_RHO**spacing)
+            elif self.data == "flat":
+                x *= FLAT_SCALE
             return x.to(getattr(torch, self.dtype)).requires_grad_(requires_grad)
 
         return make

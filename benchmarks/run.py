@@ -32,7 +32,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from case import Case, Workload
+from case import DATA, Case, Workload
 from implementations import REGISTRY
 from machine import describe_machine, device_name, git_revision
 from registry import DATA_INDEPENDENT, GROWTH, why_absent
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ops", nargs="+", metavar="OP", choices=sorted(REGISTRY))
     parser.add_argument("--impls", nargs="+", metavar="IMPL", help="only these implementations")
-    parser.add_argument("--data", nargs="+", choices=["random", "smooth"], default=["random"])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["random"])
     directions = sorted({*DIRECTIONS, *DECODE_DIRECTIONS})
     parser.add_argument("--directions", nargs="+", choices=directions, help="default: the suite's")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the suite's")

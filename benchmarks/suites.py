@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import product
 
-from case import Shape
+from case import DATA, Shape
 
 DIRECTIONS = ("forward", "backward", "step")
 DECODE_DIRECTIONS = ("mean", "ordinary", "compressing")  # see implementations/decode.py
@@ -24,7 +24,7 @@ class Suite:
     batches: tuple[int, ...] = (1,)
     threads: int | None = None
     directions: tuple[str, ...] = DIRECTIONS
-    data: tuple[str, ...] = ("random", "smooth")
+    data: tuple[str, ...] = DATA
     method: dict[str, float] = field(default_factory=dict)  # what differs from timing.METHODS
 
 

@@ -212,16 +212,17 @@ def test_training_measures_dense_attention_once_for_all_data(tmp_path: Path):
         "--data",
         "random",
         "smooth",
+        "flat",
         "--impls",
         "nsa",
         "sdpa_flash",
     )
     rows = run_suite(tmp_path / "results.json", "training", *options)["rows"]
     numbers = {(row["impl"], row["data"], row["direction"]): row for row in rows}
-    for direction in ("forward", "backward"):
-        copy, original = (numbers["sdpa_flash", data, direction] for data in ("smooth", "random"))
-        assert copy == original | {"data": "smooth", "measured_on": "random"}
-        assert "measured_on" not in numbers["nsa", "smooth", direction]
+    for direction, data in itertools.product(("forward", "backward"), ("smooth", "flat")):
+        copy, original = numbers["sdpa_flash", data, direction], numbers["sdpa_flash", "random", direction]
+        assert copy == original | {"data": data, "measured_on": "random"}
+        assert "measured_on" not in numbers["nsa", data, direction]
 
 
 def plain_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -232,6 +233,14 @@ def plain_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
         logits = k[b, h // group].double() @ q[b, h, 0].double() * scale
         o[b, h, 0] = logits.softmax(0) @ v[b, h // group].double()
     return o
+
+
+def test_data_is_what_it_says(scripts: None) -> None:
+    case = importlib.import_module("case")
+    q = {data: case.Case(4096, data=data).generator()(4096, 64) for data in case.DATA}
+    assert 0.98 < q["random"].std() < 1.02 and 0.29 < q["flat"].std() < 0.31
+    neighbours = {data: (x[1:] * x[:-1]).mean() / x.square().mean() for data, x in q.items()}
+    assert neighbours["smooth"] > 0.95 and abs(neighbours["random"]) < 0.02
 
 
 @pytest.mark.parametrize("as_queries", [False, True])
