@@ -3,7 +3,7 @@
     python benchmarks/plot.py results.json --output results.png
     python benchmarks/plot.py results.json --op selected_attention
 
-Dashed lines: smooth data.
+Dashed lines: smooth data; dotted ones: flat data.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def draw(rows: list[dict], title: str, labels: dict, time_axes: Axes, speedup_ax
         nsa = table.get("nsa", {})
         for impl, by_length in table.items():
             line = {"color": colors[impl], "marker": "o", "markersize": 4}
-            line["linestyle"] = "-" if data == "random" else "--"
+            line["linestyle"] = {"random": "-", "smooth": "--"}.get(data, ":")
             lengths = sorted(by_length)
             label = impl if data == "random" else f"{impl}, {data}"
             time_axes.plot(lengths, [by_length[t]["ms"] for t in lengths], label=label, **line)
