@@ -4,6 +4,7 @@
     python tests/fuzz.py --reference cpu            on a GPU, but the reference on the CPU: many times as long
     python tests/fuzz.py --device cpu --shapes 50 --seconds 60
     python tests/fuzz.py --seed 1234 --shapes 1     one shape again
+    python tests/fuzz.py --long                     on a GPU, the choice of blocks on long sequences
 
 A shape is a pure function of its seed. The first failure of each seed is printed with its shape and the seed
 that repeats it. Where an error is too large against that of the baseline, it has to repeat as it was, and
@@ -30,6 +31,7 @@ import torch
 from attention_case import attention_tensors, check_attention
 from cache_case import LAYOUTS
 from cases import CPU_DTYPES, CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
+from choice_case import UNUSUAL_SCORES, check_choice, long_case
 from harness import branch_check, rows_of_no_query
 from test_cache_ops import KINDS, test_append_kv, test_decode_attention
 from test_compress import check_compress, phi
@@ -73,6 +75,22 @@ def draw_case(rng: random.Random, device: str) -> Case:
         window=rng.choice([1, rng.randint(1, 100), rng.randint(1, 1000), 512]),
         pad=(rng.choice([0, rng.randint(0, 40)]) if packed else 0, rng.choice([0, rng.randint(0, 40)])),
         slack=rng.choice([0, 0, 1, 500]) if packed else 0,
+    )
+
+
+def draw_long_case(rng: random.Random) -> Case:
+    """On which compressed attention chooses the blocks, or nearly."""
+    keys = rng.choice(
+        [rng.randint(16_000, 40_000), rng.randint(32_000, 70_000), 65_536, rng.randint(60_000, 140_000)]
+    )
+    queries = rng.choice([1, rng.randint(1, 400), rng.randint(400, 6_000), min(keys, 12_000)])
+    blocks, initial, local = (
+        rng.choice([16, 16, rng.randint(1, 24)]),
+        rng.choice([0, 1, 2]),
+        rng.randint(1, 3),
+    )
+    return long_case(
+        queries, keys, rng.choice([1, 1, 2, 3, 4]), (max(blocks, initial + local), initial, local)
     )
 
 
@@ -120,15 +138,16 @@ def checks(rng: random.Random, x: Inputs) -> dict[str, object]:
     }
 
 
-def run_shape(seed: int, device: str, reference: str) -> str | None:
+def run_shape(seed: int, device: str, reference: str, long: bool = False) -> str | None:
     """None, or what failed."""
     harness.reference_device = reference
     # The baseline's products are to err no more than those of a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    for path in ("cuda", "portable") if device == "cuda" else ("cpu",):
+    paths = ("cpu",) if device == "cpu" else ("cuda",) if long else ("cuda", "portable")
+    for path in paths:
         os.environ["NSA_CUDA_PATH"] = path
-        x, named = shape_of(seed, device)
+        x, named = long_shape_of(seed) if long else shape_of(seed, device)
         for name, check in named.items():
             try:
                 try:
@@ -139,7 +158,8 @@ def run_shape(seed: int, device: str, reference: str) -> str | None:
                     check_draws(seed, device, name, first)
             except Exception as error:
                 traceback.print_exc()
-                return f"{name} on the path {path}, {x.dtype}, {x.case}: {str(error).splitlines()[0]}"
+                what = (str(error) or repr(error)).splitlines()[0]
+                return f"{name} on the path {path}, {x.dtype}, {x.case}: {what}"
     return None
 
 
@@ -151,6 +171,18 @@ def shape_of(seed: int, device: str, draw: int = 0) -> tuple[Inputs, dict[str, o
     q_scale = rng.choice([1.0, 1.0, 3.0])
     x = Inputs(case, dtype, device, seed=seed + 1_000_003 * draw, q_scale=q_scale)
     return x, checks(rng, x)
+
+
+def long_shape_of(seed: int) -> tuple[Inputs, dict[str, object]]:
+    """The same of long sequences."""
+    rng = random.Random(seed)
+    case, dtype = draw_long_case(rng), rng.choice(CUDA_DTYPES)
+    kind, q_scale = (
+        rng.choice(["random", "random", *UNUSUAL_SCORES]),
+        rng.choice([0.1, 0.2, 0.4, 0.7, 1, 2, 4]),
+    )
+    x = Inputs(case, dtype, "cuda", seed=seed, q_scale=q_scale)
+    return x, {f"{kind} scores, queries times {q_scale}": lambda: check_choice(x, kind)}
 
 
 def check_draws(seed: int, device: str, name: str, first: str) -> None:
@@ -179,7 +211,7 @@ def run_shapes(args: argparse.Namespace) -> Iterator[tuple[int, str | None]]:
         for seed in seeds:
             if time.monotonic() > last:
                 return
-            yield seed, run_shape(seed, args.device, args.reference)
+            yield seed, run_shape(seed, args.device, args.reference, args.long)
         return
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
@@ -190,7 +222,7 @@ def run_shapes(args: argparse.Namespace) -> Iterator[tuple[int, str | None]]:
                 seed = next(seeds, None)
                 if seed is None:
                     break
-                running[pool.submit(run_shape, seed, args.device, args.reference)] = seed
+                running[pool.submit(run_shape, seed, args.device, args.reference, args.long)] = seed
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -208,7 +240,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="processes (default: one per core, on a GPU at most 16)")
     parser.add_argument("--reference", choices=("cpu", "cuda"), help="where it computes (default: --device)")
     parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next ones count up")
+    parser.add_argument("--long", action="store_true", help="long sequences, on a GPU alone")
     args = parser.parse_args()
+    if args.long and args.device != "cuda":
+        parser.error("--long needs --device cuda")
     args.reference = args.reference or args.device
     cores = len(os.sched_getaffinity(0))
     # A process on a GPU holds half a gigabyte of its memory, and what its kernels need.

@@ -57,8 +57,8 @@ def assert_unchanged(o: torch.Tensor, other: torch.Tensor) -> None:
     """The same bits on the CPU and by the portable CUDA kernels.
 
     Hopper kernels work on neighbouring tokens together: whether to rescale a sum, or which product to use,
-    depends on all of them. So a later token may change the rounding of an earlier one, as the length does in
-    the test of a prefix.
+    depends on all of them; and on long sequences the last tokens tell how all choose their blocks. So a later
+    token may change the rounding of an earlier one, as the length does in the test of a prefix.
     """
     if o.is_cuda and os.environ.get("NSA_CUDA_PATH") != "portable":
         torch.testing.assert_close(o, other, rtol=2**-6, atol=2**-6)

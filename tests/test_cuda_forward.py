@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_case import attention_rest, attention_tensors, check_attention
 from cases import CUDA_DTYPES, CUDA_HEAD_DIMS, Case, Inputs
+from choice_case import UNUSUAL_SCORES, check_choice, long_case
 from harness import check, exact_lse, largest_logit, op, to
 from test_compress import phi, rest
 from tolerance import SelectionRule, accumulator, assert_close, assert_selection_valid
@@ -101,36 +102,6 @@ def test_gate_of_attention(case: Case, gates: str, dtype: torch.dtype) -> None:
         assert torch.equal(results[0], o) and torch.equal(results[1], indices)
 
 
-def unusual_scores(kind: str, x: Inputs, q: torch.Tensor, k_cmp: torch.Tensor) -> None:
-    """What makes the choice of blocks hard: scores that are equal or nearly, of all magnitudes, or relative
-    to maxima that change often."""
-    if kind == "zero queries":
-        q[::3] = 0
-    elif kind == "few zero queries":
-        q[1000:1003] = 0
-    elif kind == "not a number":  # in one head of a group
-        q[1000:1003, 3] = float("nan")
-    elif kind == "small":  # most scores are nearly equal
-        q *= 0.02
-    elif kind == "sharp":  # one probability, rounded to 16 bits, may decide
-        q *= 2
-    elif kind == "equal blocks":
-        k_cmp[512:] = k_cmp[: k_cmp.shape[0] - 512].clone()
-    elif kind == "near ties":
-        k_cmp[:] = k_cmp[:8].repeat(k_cmp.shape[0] // 8 + 1, 1, 1)[: k_cmp.shape[0]] + 2.0**-7 * k_cmp
-    elif kind == "smooth":
-        k_cmp[:] = 0.1 * k_cmp.float().cumsum(0)
-    elif kind == "growing":  # towards the oldest keys, which come last
-        k_cmp *= torch.linspace(40, 0, k_cmp.shape[0], device=k_cmp.device)[:, None, None].to(k_cmp.dtype)
-    elif kind == "peaked":
-        q *= 15
-
-
-def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Where torch.equal says that NaN differs from itself."""
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 @by_dtype
 @pytest.mark.parametrize(
     ("queries", "keys", "kind"),
@@ -139,71 +110,39 @@ def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         (100, 20_001, "random"),
         (37, 70_000, "random"),
         (33_000, 33_000, "sharp"),
-        (5_000, 41_000, "zero queries"),
-        (5_000, 41_000, "few zero queries"),
-        (5_000, 41_000, "not a number"),
-        (5_000, 41_000, "small"),
-        (5_000, 41_000, "equal blocks"),
-        (5_000, 41_000, "near ties"),
-        (5_000, 41_000, "smooth"),
-        (5_000, 41_000, "growing"),
-        (5_000, 41_000, "peaked"),
+        *((5_000, 41_000, kind) for kind in UNUSUAL_SCORES),
     ],
 )
 def test_choice_inside_compressed_attention(
     queries: int, keys: int, kind: str, dtype: torch.dtype, cuda_path: str
 ) -> None:
-    """On long sequences compressed attention chooses the blocks. They score like those that select_blocks
-    chooses, and o is made of them, bit by bit the same in all that runs them."""
-    case = Case(
-        "long", (keys,), queries=(queries,), heads=(32, 2), dims=(128, 128), select=(16, 1, 2), packed=False
-    )
-    x = Inputs(case, dtype, "cuda", q_scale=2.0)
-    tensors = attention_tensors(x)
-    q, k_cmp, v_cmp, k_slc, v_slc, *_, gates = tensors.values()
-    unusual_scores(kind, x, q, k_cmp)
-    o, indices, *branches = op("attention_forward")(*tensors.values(), *attention_rest(x))
-    for _ in range(2):
-        again = op("attention")(*tensors.values(), *attention_rest(x))
-        assert equal_bits(again[0], o) and torch.equal(again[1], indices)
-    assert equal_bits(o, op("gated_combine")(*branches[:3], gates))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = op("attention")(*tensors.values(), *attention_rest(x))
-    graph.replay()
-    assert equal_bits(captured[0], o) and torch.equal(captured[1], indices)
-
-    cu, scale = x.cu, x.scale
-    o_cmp, lse_cmp = op("compressed_attention")(q, k_cmp, v_cmp, *cu, *case.compress, scale)
-    torch.testing.assert_close(branches[3], lse_cmp, atol=1e-5, rtol=1e-5, equal_nan=True)
-    roundings = {"atol": 2.0**-6, "rtol": 2.0**-6, "equal_nan": True}
-    torch.testing.assert_close(branches[0].float(), o_cmp.float(), **roundings)
+    x = Inputs(long_case(queries, keys), dtype, "cuda", q_scale=2.0)
+    chosen = check_choice(x, kind)
     if kind in ("random", "small") and queries >= 5_000:  # the last items tell what pays for all others
         most = slice(0, queries - 1_000)
         hopper = cuda_path == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-        chosen_inside = not torch.equal(branches[0][most], o_cmp[most])  # other tiles, other roundings
-        assert chosen_inside == (hopper and kind == "random")
-    o_slc = op("selected_attention")(q, k_slc, v_slc, indices, *cu, case.block_size, scale)[0]
-    torch.testing.assert_close(branches[1].float(), o_slc.float(), **roundings)
-    scores = op("block_scores")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, scale)
-    best = op("select_blocks")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, *case.select, scale)
-    assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
-    chosen, expected = (
-        torch.where(i < 0, 0, scores.gather(2, i.clamp(min=0).long())).sort(2).values for i in (indices, best)
-    )
-    # Exponentials have the error of their exponents: large logits times the precision of fp32.
-    tolerance = 1e-3 if kind in ("growing", "peaked") else 1e-5
-    if kind == "not a number":  # nothing is best: which blocks it gets is as select_blocks has it
-        hopeless = scores.isnan().any(2)
-        assert torch.equal(indices[hopeless], best[hopeless])
-        assert hopeless[1000:1003, 0].all() and hopeless.sum() == 3
-        assert o.isnan().any((1, 2)).sum() == 3, "other tokens lose something"
-        chosen, expected = chosen[~hopeless], expected[~hopeless]
-    assert (chosen >= expected * (1 - tolerance) - 1e-30).all()
+        inside = not torch.equal(chosen.o_cmp[most], chosen.alone[most])  # other tiles, other roundings
+        assert inside == (hopper and kind == "random")
     if kind == "few zero queries":  # what is left to another kernel does not change what is far from it
-        q[1000:1003] = 1
-        others = op("attention")(*tensors.values(), *attention_rest(x))[1]
-        assert torch.equal(others[:960], indices[:960]) and torch.equal(others[1040:], indices[1040:])
+        chosen.tensors["q"][1000:1003] = 1
+        others = op("attention")(*chosen.tensors.values(), *attention_rest(x))[1]
+        assert torch.equal(others[:960], chosen.indices[:960])
+        assert torch.equal(others[1040:], chosen.indices[1040:])
+
+
+def test_a_graph_follows_what_its_data_make_pay() -> None:
+    """Which way the blocks of a long sequence are chosen is decided anew by every replay."""
+    x = Inputs(long_case(5_000, 41_000), torch.bfloat16, "cuda", q_scale=2.0)
+    tensors = attention_tensors(x)
+    random = tensors["q"].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, indices = op("attention")(*tensors.values(), *attention_rest(x))
+    for scale in (1.0, 0.02, 1.0):
+        tensors["q"].copy_(random * scale)
+        graph.replay()
+        eager = op("attention")(*tensors.values(), *attention_rest(x))
+        assert torch.equal(o, eager[0]) and torch.equal(indices, eager[1])
 
 
 def test_last_kernel_waits_for_the_window() -> None:

@@ -122,6 +122,30 @@ def test_offsets_beyond_2_to_the_31() -> None:
             assert_close(f"{name}[{row}]", t[row : row + 1, ::16], exact[name], baseline[name])
 
 
+@pytest.mark.slow
+def test_few_queries_behind_millions_of_keys() -> None:
+    """Where blocks are chosen inside compressed attention, it keeps more than 2^31 bytes of sums."""
+    queries, keys = 396, 2_700_000
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(rows: int, *shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    q, gates = random(queries, HEADS, DIM), random(queries, HEADS, 3)
+    cmp, others = [random(keys // 16, KV_HEADS, DIM) for _ in "kv"], [random(keys, KV_HEADS, DIM)] * 4
+    o, indices, *branches = op("attention_forward")(q, *cmp, *others, gates, *long_arguments(queries, keys))
+    rest = (None, None, queries, keys, 32, 16)
+    o_cmp, lse = op("compressed_attention")(q, *cmp, *rest, SCALE)
+    torch.testing.assert_close(branches[0].float(), o_cmp.float(), atol=2**-6, rtol=2**-6)
+    scores = op("block_scores")(q, cmp[0], lse, *rest, 64, SCALE)
+    best = op("select_blocks")(q, cmp[0], lse, *rest, 64, 16, 1, 2, SCALE)
+    own = torch.arange(keys - queries, keys) // 64
+    assert_selection_valid(indices, own, SelectionRule(16, 1, 2))
+    chosen, expected = (scores.gather(2, i.long()).sort(2).values for i in (indices, best))
+    assert (chosen >= expected * (1 - 1e-5)).all()
+    assert torch.equal(o, op("gated_combine")(*branches[:3], gates))
+
+
 def assert_valid_row(chosen: torch.Tensor, row: int) -> None:
     own = torch.tensor([row // 64])
     assert_selection_valid(chosen, own, SelectionRule(16, 1, 2))

@@ -2,11 +2,12 @@
 // tells the dataflow.
 //
 // Persistent blocks. The producer (one thread of a warpgroup) walks the work items, a tile of adjacent tokens
-// of one KV head each, longest first, and brings Q, K and V. Two or three consumer warpgroups own 64 rows
-// each, the heads of the group packed as rows: row r is token r / G, head r % G. Key tiles go from the newest
-// to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through the
-// softmax; over the end of an item, the first scores of the next item are multiplied together with the last P
-// V. Compressed attention that chooses blocks (block_sums.cuh) has no registers for that: it chooses first.
+// of one KV head each, mostly longest first, and brings Q, K and V. Two or three consumer warpgroups own 64
+// rows each, the heads of the group packed as rows: row r is token r / G, head r % G. Key tiles go from the
+// newest to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through
+// the softmax; over the end of an item, the first scores of the next item are multiplied together with the
+// last P V. Compressed attention that chooses blocks (block_sums.cuh) has no registers for that: it chooses
+// first.
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -737,7 +738,7 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
 }
 
 // Parts of the workspace of a choice, one after the other: of every warp of the grid, and of all rows the
-// flags.
+// flags. tiles: one more than there are, for what reaches behind the last, and whole lines of the L2 cache.
 struct SumsWorkspace {
   static constexpr int64_t kMaxBlocks = 132;  // of a grid: the SMs of a GPU
   int64_t warps, tiles, pitch, rows;
@@ -806,9 +807,11 @@ bool compressed_selection_forward(const BandedAttentionFwdParams& p, const Selec
       if (num_items == blocks || !status->ok()) return true;
       of = {Begin::kOnTime, nullptr, of.sums, blocks};
       of.sums.trial = Trial::kFollowed;
-      launch_banded<T, 128, 128, kSumKeys, false, true>(p, stream, status, of);
-      if (status->ok()) launch_banded<T, 128, 128, kCompressedKeys<128>, false>(p, stream, status, of);
-      return true;
+      using Plain = BandedLayout<128, 128, kCompressedKeys<128>, false>;
+      static_assert(Plain::kConsumers * kWarpgroupRows == kSumsWarps * kSumsGroup,
+                    "items are the same tokens");
+      return launch_banded<T, 128, 128, kSumKeys, false, true>(p, stream, status, of) &&
+             (!status->ok() || launch_banded<T, 128, 128, Plain::kKeys, false>(p, stream, status, of));
     }
     return false;
   });

@@ -96,7 +96,7 @@ __device__ __forceinline__ bool is_unfinished(const ScoresTask& task, const Scor
   return any != 0;
 }
 
-// All threads: whether there is anything to do at all. What tells comes from the kernel in front.
+// All threads: whether there is anything to do at all. What tells comes from the kernels in front.
 __device__ __forceinline__ bool any_unfinished(const ScoresTask& task) {
   if (task.unfinished.rows == nullptr) return true;
   ptx::wait_for_dependency();

@@ -25,7 +25,7 @@ bool banded_attention_forward(const BandedAttentionFwdParams& p, const Stream& s
                               Begin begin = Begin::kOnTime, int* zeroed = nullptr);
 // Compressed attention that chooses blocks too, of long sequences, where that is faster than to make scores
 // again, and behind it the choice of what it leaves, mostly of nothing. workspace:
-// compressed_selection_workspace bytes, which is 0 where it returns false.
+// compressed_selection_workspace bytes, a multiple of 128 in memory; 0 where it returns false.
 bool compressed_selection_forward(const BandedAttentionFwdParams& p, const SelectBlocksParams& select,
                                   void* workspace, int* zeroed, const Stream& stream, Status* status);
 int64_t compressed_selection_workspace(const BandedAttentionFwdParams& p, const SelectBlocksParams& select);
