@@ -26,17 +26,8 @@ UNUSUAL_SCORES = (
 
 def long_case(queries: int, keys: int, heads_kv: int = 2, select: tuple[int, int, int] = (16, 1, 2)) -> Case:
     """The shape with a kernel that chooses: SPEC's defaults, 16 heads a group."""
-    heads = (16 * heads_kv, heads_kv)
-    return Case(
-        "long",
-        (keys,),
-        queries=(queries,),
-        heads=heads,
-        dims=(128, 128),
-        select=select,
-        window=512,
-        packed=False,
-    )
+    heads, dims = (16 * heads_kv, heads_kv), (128, 128)
+    return Case("long", (keys,), heads, dims, select=select, window=512, queries=(queries,), packed=False)
 
 
 def make_unusual(kind: str, q: Tensor, k_cmp: Tensor) -> None:
@@ -66,6 +57,11 @@ def make_unusual(kind: str, q: Tensor, k_cmp: Tensor) -> None:
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Where torch.equal says that NaN differs from itself."""
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def scores_of_chosen(scores: Tensor, indices: Tensor) -> Tensor:
+    """Of every row in ascending order; 0 for what is no block."""
+    return torch.where(indices < 0, 0, scores.gather(2, indices.clamp(min=0).long())).sort(2).values
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,7 @@ def check_choice(x: Inputs, kind: str) -> Chosen:
     scores = op("block_scores")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, scale)
     best = op("select_blocks")(q, k_cmp, lse_cmp, *cu, *case.compress, case.block_size, *case.select, scale)
     assert_selection_valid(indices, case.own_blocks(), SelectionRule(*case.select))
-    chosen, expected = (
-        torch.where(i < 0, 0, scores.gather(2, i.clamp(min=0).long())).sort(2).values for i in (indices, best)
-    )
+    chosen, expected = scores_of_chosen(scores, indices), scores_of_chosen(scores, best)
     # Nothing is best of what is not a number: which blocks these tokens get is as select_blocks has it, and
     # no other token loses anything.
     hopeless = q.isnan().any(2).view(q.shape[0], -1, 16).any(2)

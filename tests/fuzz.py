@@ -84,14 +84,9 @@ def draw_long_case(rng: random.Random) -> Case:
         [rng.randint(16_000, 40_000), rng.randint(32_000, 70_000), 65_536, rng.randint(60_000, 140_000)]
     )
     queries = rng.choice([1, rng.randint(1, 400), rng.randint(400, 6_000), min(keys, 12_000)])
-    blocks, initial, local = (
-        rng.choice([16, 16, rng.randint(1, 24)]),
-        rng.choice([0, 1, 2]),
-        rng.randint(1, 3),
-    )
-    return long_case(
-        queries, keys, rng.choice([1, 1, 2, 3, 4]), (max(blocks, initial + local), initial, local)
-    )
+    blocks, initial = rng.choice([16, 16, rng.randint(1, 24)]), rng.choice([0, 1, 2])
+    local, heads_kv = rng.randint(1, 3), rng.choice([1, 1, 2, 3, 4])
+    return long_case(queries, keys, heads_kv, (max(blocks, initial + local), initial, local))
 
 
 def decoding(rng: random.Random, case: Case) -> Case:
@@ -177,10 +172,8 @@ def long_shape_of(seed: int) -> tuple[Inputs, dict[str, object]]:
     """The same of long sequences."""
     rng = random.Random(seed)
     case, dtype = draw_long_case(rng), rng.choice(CUDA_DTYPES)
-    kind, q_scale = (
-        rng.choice(["random", "random", *UNUSUAL_SCORES]),
-        rng.choice([0.1, 0.2, 0.4, 0.7, 1, 2, 4]),
-    )
+    kind = rng.choice(["random", "random", *UNUSUAL_SCORES])
+    q_scale = rng.choice([0.1, 0.2, 0.4, 0.7, 1, 2, 4])
     x = Inputs(case, dtype, "cuda", seed=seed, q_scale=q_scale)
     return x, {f"{kind} scores, queries times {q_scale}": lambda: check_choice(x, kind)}
 

@@ -6,14 +6,14 @@
 // rows each, the heads of the group packed as rows: row r is token r / G, head r % G. Key tiles go from the
 // newest to the oldest. While the tensor cores multiply P V of one tile, the next tile's scores go through
 // the softmax; over the end of an item, the first scores of the next item are multiplied together with the
-// last P V. Compressed attention that chooses blocks (block_sums.cuh) has no registers for that: it chooses
-// first.
+// last P V. Compressed attention that chooses blocks (choose_from_sums.cuh) has no registers for that: it
+// chooses first.
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sm90/block_sums.cuh"
-#include "cuda/sm90/config.h"
+#include "cuda/sm90/banded_pipeline.cuh"
+#include "cuda/sm90/choose_from_sums.cuh"
 #include "cuda/sm90/device.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -24,261 +24,10 @@
 namespace nsa::cuda::sm90 {
 namespace {
 
-constexpr int kWarpgroupRows = 64;
-
-// What the producer tells a consumer warpgroup about its part of an item. It stays in shared memory, since
-// the consumers have no registers for it.
-struct Item {
-  int64_t row;            // of q: the first token
-  int tokens;             // that exist, at most 64 / G; none where 0 or less
-  int position;           // of the first token
-  int head;               // KV head
-  int first_row;          // of K and V: the first key of the sequence
-  int num_keys;           // of the sequence
-  int bottom, num_tiles;  // key tile i covers [bottom + i * kKeys, bottom + (i + 1) * kKeys)
-  int safe_lo, safe_hi;   // keys that every row sees
-  int seen_lo, seen_hi;   // keys that any query of the sequence sees: values of all others may be garbage
-  bool stop;              // there is no further item, nor this one
-};
-
-// kChooses: compressed attention that chooses blocks.
-template <int kDimQK, int kDimV, int kTileKeys, bool kChooses>
-struct BandedLayout : BandedConfig<kDimQK, kDimV, kTileKeys> {
-  using Config = BandedConfig<kDimQK, kDimV, kTileKeys>;
-  static constexpr int kKeys = kTileKeys;
-  static constexpr bool kChoosing = kChooses;
-  static constexpr int kThreads = (Config::kConsumers + 1) * 128;
-  static constexpr int kItemSlots = 8;
-  // The Q of an item is loaded when the item kStagesQ before it is past its last scores (or its choice), so
-  // that the one before that is past its epilogue.
-  static constexpr int kItemsInUse = Config::kStagesQ + 1;
-  static constexpr int kFullK = 0;
-  static constexpr int kEmptyK = kFullK + 8 * Config::kStages;
-  static constexpr int kFullV = kEmptyK + 8 * Config::kStages;
-  static constexpr int kEmptyV = kFullV + 8 * Config::kStages;
-  static constexpr int kFullQ = kEmptyV + 8 * Config::kStages;
-  static constexpr int kEmptyQ = kFullQ + 8 * Config::kStagesQ * Config::kConsumers;
-  static constexpr int kFullItem = kEmptyQ + 8 * Config::kStagesQ * Config::kConsumers;
-  static constexpr int kEmptyItem = kFullItem + 8 * kItemSlots;
-  static constexpr int kItems = kEmptyItem + 8 * kItemSlots;
-  static constexpr int kQ = 2048;
-  static constexpr int kBytesQ = swizzled_tile_bytes<kDimQK>(kWarpgroupRows);  // of a warpgroup
-  static constexpr int kBytesK = swizzled_tile_bytes<kDimQK>(kKeys);
-  static constexpr int kBytesV = swizzled_tile_bytes<kDimV>(kKeys);
-  static constexpr int kPanelBytes = kKeys * kPanelPitch;
-  static constexpr int kK = kQ + Config::kStagesQ * Config::kConsumers * kBytesQ;
-  static constexpr int kV = kK + Config::kStages * kBytesK;
-  static constexpr int kWeights = kV + Config::kStages * kBytesV;
-  static constexpr int kCandidates = kWeights + (kChoosing ? kPanelBytes : 0);
-  static constexpr int kWarps = kChoosing ? Config::kConsumers * 4 : 0;  // that choose
-  static constexpr int kEpochs = kCandidates + kWarps * static_cast<int>(sizeof(Candidates));
-  static constexpr int kBytes = kEpochs + kWarps * static_cast<int>(sizeof(SumsEpochs));
-  static_assert(kItems + kItemSlots * Config::kConsumers * sizeof(Item) <= kQ);
-  static_assert(kKeys % 8 == 0 && kBytes <= 232448);
-
-  // Where the tile of a stage begins, and how far its panels lie apart.
-  struct Panels {
-    uint32_t begin, pitch;
-  };
-  // The weights of a choice are the third panel of every V. So that there is one of them for all stages,
-  // panels of V lie the farther apart the farther they are from it, and those of K lie between.
-  __device__ static Panels k_panels(uint32_t slot) {
-    if (!kChoosing) return {kK + slot * kBytesK, kPanelBytes};
-    return {kK + digit(0x025, slot) * kPanelBytes, digit(0x112, slot) * kPanelBytes};
-  }
-  __device__ static Panels v_panels(uint32_t slot) {
-    if (!kChoosing) return {kV + slot * kBytesV, kPanelBytes};
-    return {kK + digit(0x46a, slot) * kPanelBytes, digit(0x431, slot) * kPanelBytes};
-  }
-
- private:
-  static_assert(!kChoosing || (Config::kStages == 3 && kDimQK == 128 && kDimV == 128));
-  __device__ static uint32_t digit(uint32_t digits, uint32_t slot) { return digits >> (4 * slot) & 15; }
-};
-
 // The tokens of a thread's two rows, counted from the first of the warpgroup.
 struct TokenPair {
   short first, second;
 };
-
-// KeyBlocks in 32 bits: positions of a sequence fit, and 64-bit divisions are slow.
-struct Visibility {
-  int block, stride, window;
-
-  __device__ int end(int t) const {
-    const int beyond = t + 1 - block;
-    return beyond < 0 ? 0 : (stride == 1 ? beyond : beyond / stride) + 1;
-  }
-  __device__ int begin(int t) const { return window <= 0 || t < window ? 0 : end(t - window); }
-};
-
-// What the host works out once, so that the kernel finds it in constant memory.
-struct BandedPlan {
-  CUtensorMap q, k, v;
-  Visibility visible;
-  int num_tiles;             // of tokens
-  int first_item, end_item;  // of the launch, among those of all tiles and KV heads, longest first
-  int group;                 // G
-  int part;                  // tokens of a warpgroup: 64 / G
-  float scale;               // with log2(e) in it
-  bool early;                // Begin::kEarly, for the window alone
-  int* zeroed;               // or null: set to 0
-  SumsPlan sums;
-};
-
-// Where the tile with this number lies in the ring, and the parity of its pass over it.
-template <int kStages>
-struct RingPosition {
-  uint32_t slot, parity;
-  __device__ __forceinline__ explicit RingPosition(uint32_t tile)
-      : slot(tile % kStages), parity(tile / kStages % 2) {}
-};
-
-// The parts of all consumers of a tile.
-template <typename Layout>
-__device__ __forceinline__ void describe_items(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                               const SequenceTile& tile, int head, Item* item) {
-  constexpr int kKeys = Layout::kKeys;
-  const Visibility& visible = plan.visible;
-  const int first_row = static_cast<int>(tile.seq.k_begin) / visible.stride;
-  const int num_keys = max(0, min(visible.end(static_cast<int>(tile.seq.k_len) - 1),
-                                  static_cast<int>(p.seqs.key_rows) - first_row));
-  const int position = static_cast<int>(tile.seq.position(tile.begin));
-  const int lo = min(visible.begin(position), num_keys);
-  const int hi = min(visible.end(position + tile.count - 1), num_keys);
-  const int num_tiles = max(1, (hi - lo + kKeys - 1) / kKeys);  // who sees nothing goes through a masked tile
-  // Compressed blocks are tiled from the first on, so that values behind the last one that anybody sees are
-  // met by the last items alone; a window ends at its newest key, so that it takes as few tiles as possible.
-  const int bottom = visible.window > 0 ? hi - num_tiles * kKeys : 0;
-  const int seen_lo = visible.begin(static_cast<int>(tile.seq.position(0)));
-  const int seen_hi = min(visible.end(static_cast<int>(tile.seq.position(tile.seq.q_len - 1))), num_keys);
-#pragma unroll 1
-  for (int w = 0; w < Layout::kConsumers; ++w) {
-    const int skipped = w * plan.part;
-    const int tokens = min(plan.part, tile.count - skipped), first = position + skipped;
-    item[w] = {tile.seq.q_begin + tile.begin + skipped,
-               tokens,
-               first,
-               head,
-               first_row,
-               num_keys,
-               bottom,
-               num_tiles,
-               visible.begin(first + max(tokens, 1) - 1),
-               min(visible.end(first), num_keys),
-               seen_lo,
-               seen_hi,
-               false};
-  }
-}
-
-template <typename Layout>
-__device__ __forceinline__ Item* item_slot(unsigned char* shared, uint32_t slot) {
-  return reinterpret_cast<Item*>(shared + Layout::kItems) + slot * Layout::kConsumers;
-}
-
-// One thread: describes the items of this block, some ahead of those who work on them.
-template <typename Layout>
-__device__ __forceinline__ void schedule(const BandedAttentionFwdParams& p, const BandedPlan& plan,
-                                         const uint32_t base, unsigned char* shared) {
-  const int block = blockIdx.x, blocks = gridDim.x;
-  const int heads = p.shape.num_heads_kv;
-  uint32_t count = 0;
-  const auto publish = [&](auto describe) {
-    const RingPosition<Layout::kItemSlots> ring(count++);
-    ptx::barrier_wait(base + Layout::kEmptyItem + 8 * ring.slot, ring.parity ^ 1);
-    describe(item_slot<Layout>(shared, ring.slot));
-    ptx::barrier_arrive(base + Layout::kFullItem + 8 * ring.slot);
-  };
-  // Where records of choices lie in the L2 cache, one half begins with the shortest items, so that these
-  // never are long in all blocks at once.
-  const int rounds = (plan.end_item - plan.first_item + blocks - 1) / blocks;
-#pragma unroll 1
-  for (int turn = 0; turn < rounds; ++turn) {
-    const int round = Layout::kChoosing && (block & 1) ? rounds - 1 - turn : turn;
-    // Back and forth over the blocks, so that none gets the longest of every round.
-    const int k = plan.first_item + round * blocks + (round & 1 ? blocks - 1 - block : block);
-    if (k >= plan.end_item) continue;
-    const int number = k / heads;
-    const SequenceTile tile =
-        find_sequence_tile(p.seqs, plan.num_tiles - 1 - number, plan.part * Layout::kConsumers);
-    if (tile.count == 0) continue;
-    publish([&](Item* item) { describe_items<Layout>(p, plan, tile, k - number * heads, item); });
-  }
-  publish([](Item* item) {
-#pragma unroll 1
-    for (int w = 0; w < Layout::kConsumers; ++w) item[w].stop = true;
-  });
-}
-
-// One thread: loads Q, K and V of the items.
-template <int kDimQK, int kDimV, typename Layout>
-__device__ __forceinline__ void load(const BandedPlan& plan, const uint32_t base, unsigned char* shared) {
-  constexpr int kKeys = Layout::kKeys, kStages = Layout::kStages, kConsumers = Layout::kConsumers;
-  const auto load_keys = [&](typename Layout::Panels target, const CUtensorMap& map, uint32_t barrier,
-                             int dim, int head, int row) {
-#pragma unroll 1
-    for (int panel = 0; panel < dim / kPanel; ++panel) {
-      ptx::bulk_load_3d(base + target.begin + panel * target.pitch, &map, barrier, panel * kPanel, head, row);
-    }
-  };
-  // Behind the last item there is nothing to load: the consumers are woken.
-  const auto load_queries = [&](uint32_t count, const Item* item) {
-    const RingPosition<Layout::kStagesQ> ring(count);
-#pragma unroll 1
-    for (int w = 0; w < kConsumers; ++w) {
-      const uint32_t which = ring.slot * kConsumers + w, full_q = base + Layout::kFullQ + 8 * which;
-      ptx::barrier_wait(base + Layout::kEmptyQ + 8 * which, ring.parity ^ 1);
-      if (item[w].stop) {
-        ptx::barrier_arrive(full_q);
-        continue;
-      }
-      ptx::barrier_arrive_expect(full_q, plan.part * plan.group * kDimQK * 2);
-#pragma unroll 1
-      for (int panel = 0; panel < kDimQK / kPanel; ++panel) {
-        const uint32_t target =
-            base + Layout::kQ + which * Layout::kBytesQ + panel * kWarpgroupRows * kPanelPitch;
-        const int x = panel * kPanel, y = item[w].head * plan.group, z = static_cast<int>(item[w].row);
-        if constexpr (Layout::kChoosing) {  // leaves the L2 cache to records
-          ptx::bulk_load_3d(target, &plan.q, full_q, x, y, z, ptx::kEvictFirst);
-        } else {
-          ptx::bulk_load_3d(target, &plan.q, full_q, x, y, z);
-        }
-      }
-    }
-    if (count >= Layout::kItemsInUse) {
-      const RingPosition<Layout::kItemSlots> done(count - Layout::kItemsInUse);
-      ptx::barrier_arrive(base + Layout::kEmptyItem + 8 * done.slot);
-    }
-  };
-
-  uint32_t tiles = 0;  // key tiles so far
-#pragma unroll 1
-  for (uint32_t count = 0;; ++count) {
-    const RingPosition<Layout::kItemSlots> place(count);
-    ptx::barrier_wait(base + Layout::kFullItem + 8 * place.slot, place.parity);
-    const Item* const item = item_slot<Layout>(shared, place.slot);
-    if (item->stop) {
-      load_queries(count, item);
-      return;
-    }
-    const int head = item->head, num_tiles = item->num_tiles;
-    int row = item->first_row + item->bottom + (num_tiles - 1) * kKeys;  // of K and V
-#pragma unroll 1
-    for (int i = 0; i < num_tiles; ++i, row -= kKeys, ++tiles) {
-      const RingPosition<kStages> ring(tiles);
-      const uint32_t full_k = base + Layout::kFullK + 8 * ring.slot,
-                     full_v = base + Layout::kFullV + 8 * ring.slot;
-      ptx::barrier_wait(base + Layout::kEmptyK + 8 * ring.slot, ring.parity ^ 1);
-      ptx::barrier_arrive_expect(full_k, Layout::kBytesK);
-      load_keys(Layout::k_panels(ring.slot), plan.k, full_k, kDimQK, head, row);
-      if (i == 0) load_queries(count, item);
-      ptx::barrier_wait(base + Layout::kEmptyV + 8 * ring.slot, ring.parity ^ 1);
-      ptx::barrier_arrive_expect(full_v, Layout::kBytesV);
-      load_keys(Layout::v_panels(ring.slot), plan.v, full_v, kDimV, head, row);
-    }
-  }
-}
 
 // Among columns [kBegin, kEnd), the scores of those from bound[h] on (kUpper), or before it, become -inf in
 // row h of the pair.
@@ -353,7 +102,7 @@ __device__ __forceinline__ void clear_idle_rows(uint32_t base, int used, int thr
 
 template <typename T, int kDimV, bool kStreaming>
 __device__ __forceinline__ void store_rows(const BandedAttentionFwdParams& p, int group,
-                                           const volatile Item& item, const float (&o)[kDimV / 2],
+                                           const volatile BandedItem& item, const float (&o)[kDimV / 2],
                                            const RowPair& rows, TokenPair tokens, int row0, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -380,7 +129,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   constexpr bool kChoosing = Layout::kChoosing;
   const int group = kChoosing ? kSumsGroup : plan.group;
   const TokenPair tokens{static_cast<short>(row0 / group), static_cast<short>((row0 + 8) / group)};
-  using Ring = RingPosition<Layout::kStages>;
+  using Ring = TileInRing<Layout::kStages>;
   const auto release = [&](int barriers, Ring ring) {
     ptx::barrier_arrive_if(base + barriers + 8 * ring.slot, lane == 0);
   };
@@ -400,19 +149,18 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   uint32_t count = 0;  // items so far
   uint32_t tiles = 0;  // key tiles so far: the scores of the latest are in s, its values come next
 
-  const auto item_of = [&](uint32_t which) -> const volatile Item& {
+  const auto item_of = [&](uint32_t which) -> const volatile BandedItem& {
     return item_slot<Layout>(shared, which % Layout::kItemSlots)[consumer];
   };
   // Where the Q of the item with this number lies among all Q and their barriers.
   const auto q_slot = [&](uint32_t which) {
-    return RingPosition<Layout::kStagesQ>(which).slot * Layout::kConsumers + consumer;
+    return TileInRing<Layout::kStagesQ>(which).slot * Layout::kConsumers + consumer;
   };
   const auto q_tile = [&](uint32_t which) {
     return base + Layout::kQ + uniform(q_slot(which)) * Layout::kBytesQ;
   };
   const auto wait_for_queries = [&](uint32_t which) {
-    ptx::barrier_wait(base + Layout::kFullQ + 8 * q_slot(which),
-                      RingPosition<Layout::kStagesQ>(which).parity);
+    ptx::barrier_wait(base + Layout::kFullQ + 8 * q_slot(which), TileInRing<Layout::kStagesQ>(which).parity);
   };
   const auto release_queries = [&](uint32_t item, bool last) {
     ptx::barrier_arrive_if(base + Layout::kEmptyQ + 8 * q_slot(item), last && lane == 0);
@@ -423,7 +171,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
   };
   // Key tiles of an item are numbered from the oldest, 0, to the newest, where the work begins.
   const auto mask = [&](int key_tile) {
-    const volatile Item& item = item_of(count);
+    const volatile BandedItem& item = item_of(count);
     const int begin = item.bottom + key_tile * kKeys;
     const int first = begin + 2 * (lane & 3);  // the key of this thread's first column
     const int t[2] = {item.position + tokens.first, item.position + tokens.second};
@@ -443,7 +191,7 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     ptx::barrier_wait(base + Layout::kFullK + 8 * ring.slot, ring.parity);
   };
   const auto wait_for_values = [&](Ring ring, int key_tile) {
-    const volatile Item& item = item_of(count);
+    const volatile BandedItem& item = item_of(count);
     const int begin = item.bottom + key_tile * kKeys;
     ptx::barrier_wait(base + Layout::kFullV + 8 * ring.slot, ring.parity);
     if ((kWindow && begin < item.seen_lo) || begin + kKeys > item.seen_hi) {
@@ -482,11 +230,11 @@ __device__ __forceinline__ void consume(const BandedAttentionFwdParams& p, const
     }
   };
   // The end of an item: outputs, and the choice, by warps that have a token.
-  const auto store = [&](const volatile Item& item) {
+  const auto store = [&](const volatile BandedItem& item) {
     store_rows<T, kDimV, kChoosing>(p, group, item, reinterpret_cast<const float(&)[kDimV / 2]>(o), rows,
                                     tokens, row0, lane);
   };
-  const auto store_and_choose = [&](const volatile Item& item) {
+  const auto store_and_choose = [&](const volatile BandedItem& item) {
     // Not known before, or what depends on it alone would be computed in front of all loops, and kept.
     const int here = ptx::keep(threadIdx.x), warp = here / 32, token = warp % 4;
     if (token >= item.tokens) return;
@@ -736,27 +484,6 @@ bool launch_banded(const BandedAttentionFwdParams& p, const Stream& stream, Stat
       dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kBytes, stream, p, plan);
   return true;
 }
-
-// Parts of the workspace of a choice, one after the other: of every warp of the grid, and of all rows the
-// flags. tiles: one more than there are, for what reaches behind the last, and whole lines of the L2 cache.
-struct SumsWorkspace {
-  static constexpr int64_t kMaxBlocks = 132;  // of a grid: the SMs of a GPU
-  int64_t warps, tiles, pitch, rows;
-
-  explicit SumsWorkspace(const SelectBlocksParams& p)
-      : warps(kSumsWarps * min64(kMaxBlocks, num_sequence_tiles(p.scoring.seqs, kSumsWarps) *
-                                                 p.scoring.shape.num_heads_kv)),
-        tiles(round_up(ceil_div(max64(p.scoring.keys.count(p.scoring.seqs.max_seqlen_k), 1), kSumKeys) + 1,
-                       kSumsPerLines)),
-        pitch(round_up(max64(p.scoring.num_blocks, 1), kBlockSums)),
-        rows(p.scoring.seqs.total_q * p.scoring.shape.num_heads_kv) {}
-  int64_t record_bytes() const { return warps * tiles * static_cast<int64_t>(sizeof(SumsRecord)); }
-  int64_t key_bytes() const { return warps * pitch * static_cast<int64_t>(sizeof(int)); }
-  int64_t unfinished() const { return record_bytes() + key_bytes(); }
-  int64_t any_unfinished() const { return unfinished() + round_up(rows, 16); }
-  int64_t gain() const { return any_unfinished() + warps * static_cast<int64_t>(sizeof(int)); }
-  int64_t bytes() const { return gain() + warps * static_cast<int64_t>(sizeof(int)); }
-};
 
 // Shorter sequences find it faster to make scores again: those with items for a trial, and those of fewer
 // queries, who wait for one item of each thread block.

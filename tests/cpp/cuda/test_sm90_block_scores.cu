@@ -11,7 +11,7 @@
 #include "catch2_bridge.h"
 #include "cuda/host/launch_kernel.h"
 #include "cuda/portable/launch.h"
-#include "cuda/sm90/block_sums.cuh"
+#include "cuda/sm90/choose_from_sums.cuh"
 #include "cuda/sm90/launch.h"
 #include "device_memory.h"
 
