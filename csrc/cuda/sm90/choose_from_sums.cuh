@@ -163,10 +163,10 @@ __device__ __forceinline__ void rank_keys(const int (&key)[2], int (&rank)[2], i
 
 constexpr int kLeftOver = 1024;  // instead of a number of exact scores
 
-// What it gains to choose the blocks of one of the last tokens here, in units of some 140 cycles of its warp,
-// as measured with logits of standard deviations 0.15 to 2 at 32,768 to 131,072 tokens. A token that is left
-// over costs as much as 40 exact scores, and so do those that select_blocks_sm90 has in an item with it, up
-// to 16.
+// What it gains to choose the blocks of one of the last tokens here, in units of which an exact score costs
+// eight: so that the sign changes where the times of both ways cross, as measured with logits of standard
+// deviations 0.15 to 2 at 32,768 to 131,072 tokens. A token that is left over costs as much as 40 exact
+// scores, and so do those that select_blocks_sm90 has in an item with it, up to 16.
 __device__ __forceinline__ int gain_of_choice(int key_tiles, int exact_scores) {
   return 3 * key_tiles - 60 - 8 * min(exact_scores, 16 * 40);
 }
